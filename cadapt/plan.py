@@ -1,0 +1,147 @@
+"""What was done to a base: the small, versioned record that is the truth about an adapted model.
+
+``surgery.operate`` turns a base and a plan into a model, always the same one; the adapter file carries the plan and
+never a pickled graph. Everything here is a frozen value with JSON in and out, and imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, TypeVar, cast
+
+from cadapt.errors import RefusedError
+from cadapt.site import Site
+
+PLAN_VERSION = 1
+
+Form = Literal["parallel", "sequential"]
+BnPolicy = Literal["frozen", "train"]
+BaseSource = Literal["pretrained", "checkpoint", "random", "given"]
+Json = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """Which backbone a plan was made for: enough to build it again, and to refuse any other.
+
+    ``sha256`` is over the names, dtypes, shapes and bytes of the backbone's tensors, the classifier left out;
+    ``parameters`` counts the same tensors' parameters. ``checkpoint`` is a file name, never a path of somebody's
+    machine. ``seed`` is that of randomly initialised weights. ``settings`` are the keyword arguments the
+    architecture was created with, ``img_size`` for example. ``source`` "given" is a model made by the caller.
+    """
+
+    name: str
+    source: BaseSource
+    parameters: int
+    sha256: str
+    checkpoint: str | None = None
+    seed: int | None = None
+    settings: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Insertion:
+    """One adapter: where it joins, by which scheme and form, and its resolved settings."""
+
+    site: Site
+    scheme: str
+    form: Form
+    config: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The task's own classifier, which stands beside the base's and is fed what the base's would be.
+
+    ``path`` is the base's classifier; ``init`` says whether the new one starts as a copy of it (``base``) or fresh
+    from ``seed`` (``new``). ``norm`` puts a fresh LayerNorm, ``dropout`` a dropout of that rate before it.
+    """
+
+    path: str
+    num_classes: int
+    init: Literal["new", "base"] = "new"
+    norm: bool = False
+    dropout: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that turns a base into the adapted model.
+
+    ``scheme`` and ``settings`` are as the user gave them. ``trainable`` names the base's own tensors that the
+    scheme trains (none for an adapter); adapters and head always train. ``seed`` initialises the adapters.
+    """
+
+    base: Base
+    scheme: str
+    settings: Mapping[str, Json] = field(default_factory=dict)
+    insertions: tuple[Insertion, ...] = ()
+    trainable: tuple[str, ...] = ()
+    head: Head | None = None
+    bn_policy: BnPolicy = "frozen"
+    seed: int = 0
+    version: int = PLAN_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object that :meth:`from_json` reads back to an equal plan."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Plan:
+        """Read a plan back from a file that may be damaged, foreign or of a later version.
+
+        Raises:
+            RefusedError: the version is unknown, or a field is missing or of the wrong kind.
+        """
+        version = record.get("version")
+        if version != PLAN_VERSION:
+            raise RefusedError(
+                f"plan version {version!r} is not known here, expected {PLAN_VERSION}",
+                hint="upgrade cadapt: pip install -U cadapt",
+            )
+        values = _known(cls, record)
+        values["base"] = _read(Base, record.get("base"))
+        values["head"] = None if record.get("head") is None else _read(Head, record["head"])
+        values["insertions"] = tuple(_read_insertion(item) for item in _list(record, "insertions"))
+        values["trainable"] = tuple(str(name) for name in _list(record, "trainable"))
+        return _construct(cls, values)
+
+
+Value = TypeVar("Value")
+
+
+def _known(cls: type, record: Mapping[str, Any]) -> dict[str, Any]:
+    names = {item.name for item in fields(cls)}
+    return {key: value for key, value in record.items() if key in names}
+
+
+def _construct(cls: type[Value], values: Mapping[str, Any]) -> Value:
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise RefusedError(f"damaged plan: {cls.__name__}: {error}") from error
+
+
+def _read(cls: type[Value], record: object) -> Value:
+    if not isinstance(record, Mapping):
+        raise RefusedError(f"damaged plan: {cls.__name__} is {record!r:.60}, expected an object")
+    return _construct(cls, _known(cls, record))
+
+
+def _list(record: Mapping[str, Any], key: str) -> list[Any]:
+    value = record.get(key, [])
+    if not isinstance(value, list | tuple):
+        raise RefusedError(f"damaged plan: {key} is {value!r:.60}, expected a list")
+    return cast("list[Any]", list(value))
+
+
+def _read_insertion(record: object) -> Insertion:
+    if not isinstance(record, Mapping) or not isinstance(record.get("site"), Mapping):
+        raise RefusedError(f"damaged plan: not an insertion: {record!r:.120}")
+    values = _known(Insertion, record)
+    values["site"] = Site.from_json(record["site"])
+    if values.get("form") not in ("parallel", "sequential"):
+        raise RefusedError(f"damaged plan: form {values.get('form')!r} at '{values['site'].name}'")
+    return _construct(Insertion, values)

@@ -1,0 +1,85 @@
+"""Where an adapter can go: the value type that the graph layer finds and the adapters read.
+
+A :class:`Site` names a place in a base by its module path and call, never by a graph node, so that it means the
+same in every trace of the same architecture and can be written to a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, cast, get_args
+
+from cadapt.errors import RefusedError
+
+SiteKind = Literal["block", "conv", "downsample", "stage", "attention", "mlp", "linear", "input", "head"]
+Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A place where an adapter can join the base.
+
+    ``in_shape`` and ``out_shape`` leave out the batch and follow ``layout``; ``grid`` is the height and width of the
+    *input* on its grid, also for tokens, which may be preceded by ``prefix_tokens`` (class token, registers).
+    ``kernel``, ``stride``, ``padding`` and ``dilation`` are those of the adapted component: for a block the kernel
+    is that of its functional conv (or its attention window) and the stride is that from its input to its output.
+    ``padding`` is ``"same"`` where the base pads at run time by TensorFlow's rule. ``activation`` is the base's own
+    non-linearity at this place by timm's name. ``call`` counts the uses of a module that is called more than once.
+    """
+
+    path: str
+    kind: SiteKind
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    layout: Layout = "NCHW"
+    grid: Pair | None = None
+    kernel: Pair | None = None
+    stride: Pair = (1, 1)
+    padding: Pair | Literal["same"] = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    activation: str = "relu"
+    operator: str = ""
+    stage: int | None = None
+    prefix_tokens: int = 0
+    call: int = 0
+
+    @property
+    def name(self) -> str:
+        """The path, with the call where a shared module is meant: ``layer1.0.conv2`` or ``neck.conv@1``."""
+        return self.path if self.call == 0 else f"{self.path}@{self.call}"
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input, whatever its layout."""
+        return self.in_shape[0] if self.layout == "NCHW" else self.in_shape[-1]
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output, whatever its layout."""
+        return self.out_shape[0] if self.layout == "NCHW" else self.out_shape[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object that :meth:`from_json` reads back to an equal site."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Site:
+        """Read a site back, checking what an untrusted file may hold.
+
+        Raises:
+            RefusedError: a field is missing or of the wrong kind.
+        """
+        known = {field.name for field in fields(cls)}
+        values = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in record.items() if key in known
+        }
+        if values.get("kind") not in get_args(SiteKind) or not isinstance(values.get("path"), str):
+            raise RefusedError(f"damaged plan: not a site: {dict(record)!r:.120}")
+        for key in ("in_shape", "out_shape"):
+            shape = values.get(key)
+            if not isinstance(shape, tuple) or not all(isinstance(size, int) and size > 0 for size in shape):
+                raise RefusedError(f"damaged plan: {key} of site '{values['path']}' is {shape!r}, expected sizes")
+        return cls(**cast("dict[str, Any]", values))
