@@ -1,0 +1,137 @@
+"""The adapted model: an ordinary nn.Module that runs the base's graph with the adapters spliced in.
+
+The base's modules hang at its root under their own names, so the base's state_dict keys are its keys; everything
+new is under ``adapters``. The pristine graph is kept beside the spliced one: switched off, it computes the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from cadapt.plan import Plan
+from cadapt.preprocessing import Preprocessing
+
+ADAPTERS = "adapters"
+
+
+class AdaptedModel(nn.Module):
+    """A base with adapters; made by :func:`cadapt.surgery.operate`, never by hand.
+
+    Maps pictures ``[B, C, H, W]``, normalised as ``preprocessing`` says, to logits ``[B, classes]``. ``plan`` is
+    what was done; ``classes`` and ``training_record`` are filled by training.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        base_graph: fx.Graph,
+        graph: fx.Graph,
+        adapters: nn.Module,
+        plan: Plan,
+        preprocessing: Preprocessing,
+    ) -> None:
+        super().__init__()
+        assert not hasattr(base, ADAPTERS), f"{type(base).__name__} has a module of its own named {ADAPTERS}"
+        self._modules.update(base._modules)
+        self._parameters.update(base._parameters)
+        self._buffers.update(base._buffers)
+        self._non_persistent_buffers_set.update(base._non_persistent_buffers_set)
+        self.add_module(ADAPTERS, adapters)
+        self.plan = plan
+        self.preprocessing = preprocessing
+        self.classes: tuple[str, ...] = ()
+        self.training_record: Mapping[str, Any] = {}
+        self.graph = graph
+        self.base_graph = base_graph
+        self._enabled = True
+        self._run = _compile(self, graph)
+        self._run_base = _compile(self, base_graph)
+        self._set_trainable()
+        # a scheme that tunes the base's own tensors needs their first values to be switched off
+        self._pristine = {name: tensor.detach().clone() for name, tensor in self._changing().items()}
+        self.train(base.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits, or the pristine base's while :func:`disabled`."""
+        run = self._run if self._enabled else self._run_base
+        result: torch.Tensor = run(self, x)
+        return result
+
+    def train(self, mode: bool = True) -> AdaptedModel:
+        """Set train or eval mode; batch norms of the base keep their statistics where the plan freezes them."""
+        super().train(mode)
+        if self.plan.bn_policy == "frozen":
+            for name, module in self.named_modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and not name.startswith(f"{ADAPTERS}."):
+                    module.training = False
+        return self
+
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """What the adapter file holds: all trainable tensors, and the buffers that training changes."""
+        trained = {name: tensor.detach() for name, tensor in self.named_parameters() if tensor.requires_grad}
+        for name, buffer in self.named_buffers():
+            if name.startswith(f"{ADAPTERS}.") or (self.plan.bn_policy == "train" and _is_statistic(self, name)):
+                trained[name] = buffer.detach()
+        return trained
+
+    def _set_trainable(self) -> None:
+        tuned = set(self.plan.trainable)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(f"{ADAPTERS}.") or name in tuned)
+
+    def _changing(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.trained_tensors().items() if not name.startswith(f"{ADAPTERS}.")}
+
+
+@contextmanager
+def disabled(model: AdaptedModel) -> Iterator[AdaptedModel]:
+    """Switch the adapters off: inside, the model computes exactly what its pristine base does.
+
+    >>> import cadapt, timm, torch
+    >>> base = timm.create_model("test_resnet").eval()
+    >>> adapted = cadapt.insert(base, scheme="conv-par")
+    >>> x = torch.randn(2, 3, 64, 64)
+    >>> with cadapt.disabled(adapted):
+    ...     torch.equal(adapted(x), base(x))
+    True
+    """
+    enabled = model._enabled
+    model._enabled = False
+    swapped = _swap(model, model._pristine) if enabled else {}
+    try:
+        yield model
+    finally:
+        _swap(model, swapped)
+        model._enabled = enabled
+
+
+@torch.no_grad()
+def _swap(model: AdaptedModel, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give named tensors other values and return the ones they had."""
+    if not values:
+        return {}
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    previous = {name: named[name].detach().clone() for name in values}
+    for name, value in values.items():
+        named[name].data.copy_(value)
+    return previous
+
+
+def _compile(model: nn.Module, graph: fx.Graph) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    """The Python function that a graph stands for, taking the module that holds its targets."""
+    graph.lint()
+    function: Any = type(fx.GraphModule(model, graph)).forward
+    graph.owning_module = None
+    compiled: Callable[[nn.Module, torch.Tensor], torch.Tensor] = function
+    return compiled
+
+
+def _is_statistic(model: nn.Module, name: str) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, nn.modules.batchnorm._BatchNorm)

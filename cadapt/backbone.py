@@ -1,0 +1,303 @@
+"""Loading a base: a timm architecture with weights from the hub, from a checkpoint file, or random from a seed.
+
+Every base gets an identity, the SHA-256 over its backbone's tensors, by which an adapter file knows it again.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.data import resolve_data_config
+from timm.models import load_state_dict
+from torch import nn
+
+from cadapt.errors import CadaptError, RefusedError, UsageError, close_matches
+from cadapt.hashing import hash_tensors
+from cadapt.known_checkpoints import recall_checkpoint, remember_checkpoint
+from cadapt.plan import Base, BaseSource
+from cadapt.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A base model with its identity and preprocessing. ``model`` is in eval mode."""
+
+    model: nn.Module
+    base: Base
+    preprocessing: Preprocessing
+
+
+def load_backbone(
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    pretrained: bool = True,
+    seed: int = 0,
+    img_size: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Backbone:
+    """Build a timm model with its weights.
+
+    Args:
+        name: a timm architecture, with a tag where one set of pretrained weights is meant.
+        checkpoint: a ``.safetensors``, ``.pth`` or ``.bin`` file of weights to load in place of the hub's.
+        pretrained: take the hub's weights when no checkpoint is given; else random ones from ``seed``.
+        seed: of the random weights.
+        img_size: height and width of the input, in pixels, in place of the model's own.
+        settings: further arguments of ``timm.create_model``.
+
+    Raises:
+        UsageError: there is no such architecture, or it does not take these settings.
+        CadaptError: the hub cannot be reached, or the checkpoint does not fit the architecture.
+        RefusedError: the checkpoint is damaged, or holds more than tensors.
+    """
+    check_architecture(name)
+    arguments = dict(settings or {})
+    if img_size is not None and _has_fixed_size(name):
+        arguments["img_size"] = img_size
+    if checkpoint is not None:
+        model, source = _from_checkpoint(name, checkpoint, arguments), "checkpoint"
+    elif pretrained:
+        model, source = _from_hub(name, arguments), "pretrained"
+    else:
+        model, source = _random(name, seed, arguments), "random"
+    if source == "random":
+        return _identify(model, name, "random", seed=seed, img_size=img_size, settings=arguments)
+    if source == "pretrained":
+        return _identify(model, name, "pretrained", img_size=img_size, settings=arguments)
+    assert checkpoint is not None
+    backbone = _identify(model, name, "checkpoint", checkpoint=checkpoint.name, img_size=img_size, settings=arguments)
+    remember_checkpoint(backbone.base.sha256, checkpoint)
+    return backbone
+
+
+def reload_backbone(
+    base: Base, preprocessing: Preprocessing, *, checkpoint: Path | None = None, near: Path | None = None
+) -> Backbone:
+    """Build the base that an adapter file names, and refuse any other.
+
+    Args:
+        base: its identity.
+        preprocessing: the input size and normalisation the adapter was made for.
+        checkpoint: where its weights are; otherwise they are looked for beside the adapter and where they last were.
+        near: the adapter file's folder.
+
+    Raises:
+        RefusedError: what was found is not that base.
+        CadaptError: its checkpoint is not found.
+    """
+    path = checkpoint
+    if path is None and base.source == "checkpoint":
+        path = _find_checkpoint(base, near)
+    found = load_backbone(
+        base.name,
+        checkpoint=path,
+        pretrained=base.source in ("pretrained", "given"),
+        seed=base.seed or 0,
+        settings=base.settings,
+    )
+    return check_identity(Backbone(model=found.model, base=found.base, preprocessing=preprocessing), base)
+
+
+def check_identity(found: Backbone, expected: Base) -> Backbone:
+    """Return the backbone under the expected identity, or refuse it.
+
+    Raises:
+        RefusedError: its tensors are not those the adapter was made for.
+    """
+    if found.base.sha256 != expected.sha256:
+        origin = expected.checkpoint or f"{expected.name} ({expected.source})"
+        raise RefusedError(
+            f"wrong base: the adapter was made for {origin} with SHA-256 {expected.sha256[:12]}…, "
+            f"this {found.base.name} has {found.base.sha256[:12]}…",
+            hint="give the file the adapter was made for: --checkpoint FILE",
+        )
+    return Backbone(model=found.model, base=expected, preprocessing=found.preprocessing)
+
+
+def describe_model(model: nn.Module) -> Backbone:
+    """Identify a model that the caller made, with the preprocessing timm resolves for it."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("architecture") or type(model).__name__
+    name = f"{name}.{config['tag']}" if config.get("tag") else name
+    return _identify(model, name, "given")
+
+
+def classifier_path(model: nn.Module) -> str | None:
+    """The path of a timm model's classifier, or None where it has no single one."""
+    getter = getattr(model, "get_classifier", None)
+    classifier = getter() if callable(getter) else None
+    if isinstance(classifier, nn.Module):
+        for path, module in model.named_modules():
+            if module is classifier:
+                return path
+    recorded = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    return recorded if isinstance(recorded, str) and _has_module(model, recorded) else None
+
+
+def backbone_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state without its classifier."""
+    head = classifier_path(model)
+    state: dict[str, torch.Tensor] = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if head is None or not name.startswith(f"{head}.")}
+
+
+def check_architecture(name: str) -> None:
+    """Check that timm has an architecture of that name, and weights of that tag.
+
+    Raises:
+        UsageError: it has none, with the close names.
+    """
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UsageError(f"unknown model '{name}'", hint=close_matches(architecture, timm.list_models()))
+    known = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in known:
+        raise UsageError(f"unknown weights '{name}'", hint=close_matches(name, known))
+
+
+def _has_module(model: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in model.named_modules())
+
+
+def _has_fixed_size(name: str) -> bool:
+    config = timm.get_pretrained_cfg(name)
+    return bool(config and config.fixed_input_size)
+
+
+def _identify(
+    model: nn.Module,
+    name: str,
+    source: BaseSource,
+    *,
+    checkpoint: str | None = None,
+    seed: int | None = None,
+    img_size: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Backbone:
+    tensors = backbone_tensors(model)
+    meta = any(tensor.is_meta for tensor in tensors.values())
+    parameters = {name for name, _ in model.named_parameters()} & tensors.keys()
+    base = Base(
+        name=name,
+        source=source,
+        parameters=sum(tensors[item].numel() for item in parameters),
+        sha256="" if meta else hash_tensors(tensors.items()),
+        checkpoint=checkpoint,
+        seed=seed,
+        settings=dict(settings or {}),
+    )
+    return Backbone(model=model, base=base, preprocessing=resolve_preprocessing(model, img_size))
+
+
+def resolve_preprocessing(model: nn.Module, img_size: int | None = None) -> Preprocessing:
+    """The preprocessing timm resolves for a model, at another input size where one is given."""
+    config = resolve_data_config({}, model=model)
+    channels, height, width = config["input_size"]
+    if img_size is not None:
+        height = width = img_size
+    return Preprocessing(
+        input_size=(channels, height, width),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
+
+
+def _create(name: str, **arguments: Any) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, **arguments)
+    except TypeError as error:
+        raise UsageError(f"{name} does not take these settings: {error}") from error
+    return model.eval()
+
+
+def _random(name: str, seed: int, arguments: Mapping[str, Any]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _create(name, pretrained=False, **arguments)
+
+
+def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    try:
+        return _create(name, pretrained=True, **arguments)
+    except UsageError:
+        raise
+    except Exception as error:  # the hub's client raises many kinds, some of them from its HTTP library
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CadaptError(
+            f"cannot get the pretrained weights of {name}: {reason:.160}",
+            hint="--checkpoint FILE takes weights from disk; --no-pretrained starts from random ones",
+        ) from error
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a ``.safetensors``, ``.pth`` or ``.bin`` checkpoint, on the CPU.
+
+    Raises:
+        CadaptError: there is no such file.
+        RefusedError: it is damaged, or a pickle that holds more than tensors.
+    """
+    if not path.is_file():
+        raise CadaptError(f"no checkpoint at {path}")
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RefusedError(
+            f"{path} is refused: it is damaged, or a pickle that could run code on loading",
+            hint="convert it where it comes from: safetensors.torch.save_file(model.state_dict(), FILE)",
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
+        raise RefusedError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]:.160}") from error
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise RefusedError(f"{path} holds no tensors by name, expected a state_dict")
+    return tensors
+
+
+def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.Module:
+    state = read_checkpoint(path)
+    with torch.device("meta"):
+        head = classifier_path(_create(name, pretrained=False, **arguments))
+    classes = _classes_in(state, head)
+    if classes is not None and "num_classes" not in arguments:
+        arguments = {**arguments, "num_classes": classes}
+    model = _create(name, pretrained=False, **arguments)
+    own: dict[str, torch.Tensor] = model.state_dict()
+    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    if wrong or missing or extra:
+        detail = [f"{kind} {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}"
+                  for kind, keys in (("wrong shape:", wrong), ("missing", missing), ("unexpected", extra)) if keys]  # fmt: skip
+        raise CadaptError(f"{path} does not fit {name}: {'; '.join(detail)}")
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def _classes_in(state: Mapping[str, torch.Tensor], head: str | None) -> int | None:
+    weight = state.get(f"{head}.weight") if head else None
+    if weight is not None:
+        return int(weight.shape[0])
+    return 0 if head else None
+
+
+def _find_checkpoint(base: Base, near: Path | None) -> Path:
+    folders = [folder for folder in (near, Path.cwd()) if folder is not None]
+    for folder in folders:
+        candidate = folder / str(base.checkpoint)
+        if base.checkpoint and candidate.is_file():
+            return candidate
+    remembered = recall_checkpoint(base.sha256)
+    if remembered is not None:
+        return remembered
+    raise CadaptError(f"cannot find the base's checkpoint {base.checkpoint}", hint="say where it is: --checkpoint FILE")

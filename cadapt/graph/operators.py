@@ -1,0 +1,141 @@
+"""What a node of a traced model does, told from its module or function and never from a model's own class names."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+ADDS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+_NORM_FUNCTIONS = frozenset({"layer_norm", "group_norm", "batch_norm", "instance_norm", "rms_norm", "fast_layer_norm"})
+_ATTENTION_FUNCTIONS = frozenset({"softmax", "scaled_dot_product_attention"})
+
+# torch's and timm's class or function names, lower case and without underscores → timm's name of the activation
+_ACTIVATIONS = {
+    "relu": "relu",
+    "relu6": "relu6",
+    "leakyrelu": "leaky_relu",
+    "prelu": "prelu",
+    "elu": "elu",
+    "celu": "celu",
+    "selu": "selu",
+    "gelu": "gelu",
+    "gelutanh": "gelu_tanh",
+    "quickgelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "mish": "mish",
+    "tanh": "tanh",
+    "hardswish": "hard_swish",
+    "hardmish": "hard_mish",
+    "sigmoid": "sigmoid",
+    "hardsigmoid": "hard_sigmoid",
+    "softmax": "softmax",
+    "softplus": "softplus",
+}
+GATES = frozenset({"sigmoid", "hard_sigmoid", "softmax", "tanh"})
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+def module_of(node: fx.Node, model: nn.Module) -> nn.Module | None:
+    """The module a node calls, if it calls one."""
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def function_name(node: fx.Node) -> str:
+    """The name of the function or method a node calls, or an empty string."""
+    if node.op == "call_function":
+        return str(getattr(node.target, "__name__", ""))
+    return str(node.target) if node.op == "call_method" else ""
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """The recorded shape of a node's tensor, batch first; None where it gives something else."""
+    meta = node.meta.get("tensor_meta")
+    shape = getattr(meta, "shape", None)
+    return None if shape is None else tuple(int(size) for size in shape)
+
+
+def conv_of(node: fx.Node, model: nn.Module) -> nn.Conv2d | None:
+    """The two-dimensional convolution a node calls: plain, weight-standardised or same-padded."""
+    module = module_of(node, model)
+    return module if isinstance(module, nn.Conv2d) else None
+
+
+def is_linear(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node multiplies its last dimension with a learned matrix."""
+    return isinstance(module_of(node, model), nn.Linear) or function_name(node) == "linear"
+
+
+def is_norm(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node normalises."""
+    module = module_of(node, model)
+    if module is not None:
+        return "norm" in type(module).__name__.lower()
+    return function_name(node) in _NORM_FUNCTIONS
+
+
+def is_attention(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node weighs tokens against tokens."""
+    module = module_of(node, model)
+    return isinstance(module, nn.Softmax) or function_name(node) in _ATTENTION_FUNCTIONS
+
+
+def activation_of(node: fx.Node, model: nn.Module) -> str | None:
+    """Timm's name of the non-linearity a node applies, also one fused behind a norm; None where it applies none."""
+    module = module_of(node, model)
+    if module is None:
+        return _ACTIVATIONS.get(_key(function_name(node)))
+    fused = getattr(module, "act", None)
+    if isinstance(fused, nn.Module):
+        module = fused
+    return _ACTIVATIONS.get(_key(type(module).__name__))
+
+
+def is_add(node: fx.Node) -> bool:
+    """Whether a node adds two tensors that both depend on the input."""
+    return node.target in ADDS and len(_tensor_arguments(node)) == 2
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose tensors a node reads; sizes and other scalars left out."""
+    return [source for source in node.all_input_nodes if shape_of(source) is not None or _holds_tensors(source)]
+
+
+def _tensor_arguments(node: fx.Node) -> list[fx.Node]:
+    return [item for item in node.args if isinstance(item, fx.Node) and shape_of(item) is not None]
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    meta: Any = node.meta.get("tensor_meta")
+    return isinstance(meta, tuple | list) and any(hasattr(item, "shape") for item in meta)
+
+
+_VIEWS = frozenset(
+    {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "getitem", "chunk",
+     "split", "narrow", "t", "contiguous", "unflatten", "view_as"}
+)  # fmt: skip
+
+
+def may_alias(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node's output may share memory with its first input."""
+    module = module_of(node, model)
+    if module is not None:
+        return isinstance(module, nn.Identity | nn.Dropout | nn.Flatten) or mutates_input(node, model)
+    return function_name(node) in _VIEWS or mutates_input(node, model)
+
+
+def mutates_input(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node overwrites its first input: an in-place module, function, method or operator."""
+    module = module_of(node, model)
+    if module is not None:
+        return bool(getattr(module, "inplace", False)) and not is_norm(node, model)
+    if node.kwargs.get("inplace") is True or node.target in (operator.iadd, operator.imul, operator.isub):
+        return True
+    name = function_name(node)
+    return name.endswith("_") and not name.endswith("__")

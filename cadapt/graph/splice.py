@@ -1,0 +1,70 @@
+"""Splicing: adding calls of new modules to a traced graph, and joining what they give with what was there.
+
+Nothing of the base is moved or renamed. A parallel call reads what its site reads; a sequential one reads what its
+site gives; both are added to the site's output, and whatever used that output uses the sum.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from cadapt.graph.operators import may_alias, mutates_input
+from cadapt.graph.sites import Located
+from cadapt.plan import Form
+
+
+class Splicer:
+    """Applies several splices to one graph, remembering by which sum an output was replaced."""
+
+    def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
+        self.graph = graph
+        self.model = model
+        self._sums: dict[fx.Node, fx.Node] = {}
+
+    def join(self, located: Located, target: str, form: Form) -> None:
+        """Add a call of the module at ``target`` to a site.
+
+        Args:
+            located: the site with its nodes in this graph.
+            target: the path, from the root, of the module to call.
+            form: ``parallel`` (Δ of the site's input) or ``sequential`` (Δ of the site's output).
+        """
+        output = self._current(located.output)
+        source = output if form == "sequential" else self._current(located.input)
+        with self.graph.inserting_after(output):
+            total = self.graph.call_function(torch.add, (output,))
+        with self.graph.inserting_before(total):
+            delta = self.graph.call_module(target, (self._unspoilt(source, total),))
+        output.replace_all_uses_with(total)
+        total.args = (output, delta)
+        if form == "sequential":
+            delta.args = (output,)
+        self._sums[output] = total
+
+    def _unspoilt(self, source: fx.Node, before: fx.Node) -> fx.Node:
+        """The source itself, or a copy of it made before an in-place operation overwrites it."""
+        if not _is_overwritten(source, self.model):
+            return source
+        with self.graph.inserting_after(source):
+            return self.graph.call_function(torch.clone, (source,))
+
+    def _current(self, node: fx.Node) -> fx.Node:
+        while node in self._sums:
+            node = self._sums[node]
+        return node
+
+
+def _is_overwritten(source: fx.Node, model: nn.Module) -> bool:
+    aliases, seen = [source], {source}
+    while aliases:
+        node = aliases.pop()
+        for user in node.users:
+            if not user.all_input_nodes or user.all_input_nodes[0] is not node or user in seen:
+                continue
+            if mutates_input(user, model):
+                return True
+            if may_alias(user, model):
+                seen.add(user)
+                aliases.append(user)
+    return False

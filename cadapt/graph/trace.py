@@ -1,0 +1,178 @@
+"""Tracing a timm model to a torch.fx graph that stays true to it in train and in eval mode.
+
+A plain symbolic trace bakes ``self.training`` into the graph and loses whatever branches on it. The tracer here
+keeps as leaves every convolution, batch norm and dropout, and what timm itself registers as untraceable. Modules that
+hold convolutions or linear layers are opened as long as their code lets it: one that does not trace, or gives another
+graph in train mode than in eval mode, is closed and the model traced again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from cadapt.errors import CadaptError
+from cadapt.meta import meta_copy
+
+_MIXERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_ALWAYS_LEAVES = (*_MIXERS, nn.modules.batchnorm._BatchNorm)
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module holds layers worth seeing; a convolution that holds nothing but itself does not."""
+    return not isinstance(module, _ALWAYS_LEAVES) and any(isinstance(child, _MIXERS) for child in module.modules())
+
+
+def reads_training(kind: type) -> bool:
+    """Whether a module type's forward asks for its mode."""
+    code = getattr(kind.forward, "__code__", None)  # type: ignore[attr-defined]
+    return code is not None and "training" in code.co_names
+
+
+class LeafTracer(fx.Tracer):
+    """A tracer that knows which modules must stay whole.
+
+    ``closed`` holds the types of containers that were seen not to trace: they are leaves as well. ``opened`` is the
+    stack of containers being traced, innermost last, which says whom to close on a failure.
+    """
+
+    # buffers are read where they are used, as parameters are: a baked copy would not follow the model to its device
+    proxy_buffer_attributes = True
+
+    def __init__(self, closed: frozenset[type]) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.closed = closed
+        self.opened: list[type] = []
+        self._registered = tuple(get_notrace_modules())
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Say whether a module call becomes one node."""
+        if isinstance(m, _ALWAYS_LEAVES) or type(m) in self.closed or isinstance(m, torch.jit.ScriptModule):
+            return True
+        special = isinstance(m, self._registered) or reads_training(type(m))
+        if special and not _is_container(m):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace a call, remembering the container types that would be closed if it cannot be traced through."""
+        if type(m) in self.closed or not _is_container(m):
+            return super().call_module(m, forward, args, kwargs)
+        self.opened.append(type(m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.opened.pop()
+        return result
+
+
+def _defaults(model: nn.Module) -> dict[str, Any] | None:
+    """Arguments of forward beyond the image keep their default values: they are settings, not inputs."""
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[2:]
+    values = {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
+    return values or None
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    graph: fx.Graph | None = None
+    culprit: type | None = None
+    error: Exception | None = None
+
+
+def _attempt(model: nn.Module, closed: frozenset[type], training: bool) -> _Attempt:
+    tracer = LeafTracer(closed)
+    twin = meta_copy(model).train(training)
+    try:
+        return _Attempt(graph=tracer.trace(twin, concrete_args=_defaults(model)))
+    except Exception as error:  # whatever a model's code raises on a proxy: the caller closes the culprit or tells
+        return _Attempt(culprit=tracer.opened[-1] if tracer.opened else None, error=error)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """Trace a model's forward to a graph whose targets are the model's own module paths, for train and eval mode.
+
+    The model itself is left alone: what is traced is a copy without data, since some models cache what they
+    computed.
+
+    Raises:
+        CadaptError: the model's code cannot be traced, with the module and the reason.
+    """
+    name = type(model).__name__
+    closed: frozenset[type] = frozenset()
+    while True:
+        attempts = [_attempt(model, closed, training) for training in (False, True)]
+        failed = next((attempt for attempt in attempts if attempt.graph is None), None)
+        if failed is None:
+            graph, other = attempts[0].graph, attempts[1].graph
+            assert graph is not None and other is not None
+            culprit = _mode_dependent(graph, other)
+            if culprit is None:
+                _drop_default_arguments(graph)
+                return graph
+            reason = "its graph in train mode is another than in eval mode"
+        else:
+            culprit = failed.culprit
+            reason = f"{type(failed.error).__name__}: {failed.error}"
+        if culprit is None or culprit in closed or culprit is type(model):
+            raise CadaptError(f"cannot trace {name}: {reason}") from (failed.error if failed else None)
+        closed |= {culprit}
+
+
+def _mode_dependent(graph: fx.Graph, other: fx.Graph) -> type | None:
+    """The container type at which two traces part, or None where they are the same graph."""
+    for ours, theirs in itertools.zip_longest(graph.nodes, other.nodes):
+        if ours is not None and theirs is not None and _signature(ours) == _signature(theirs):
+            continue
+        stacks = [list(node.meta.get("nn_module_stack", {}).values()) for node in (ours, theirs) if node is not None]
+        kinds = [kind for stack in stacks for _, kind in reversed(stack)]
+        return next((kind for kind in kinds if reads_training(kind)), kinds[0] if kinds else nn.Module)
+    return None
+
+
+def _signature(node: fx.Node) -> tuple[Any, ...]:
+    return node.op, node.target, str(node.args), str(node.kwargs)
+
+
+def _drop_default_arguments(graph: fx.Graph) -> None:
+    """Take out the placeholders and the ``is None`` guards that concrete arguments leave in a graph."""
+    for node in reversed(graph.nodes):
+        guard = node.op == "call_function" and getattr(node.target, "__name__", "") == "_assert_is_none"
+        if guard:
+            graph.erase_node(node)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in placeholders[1:]:
+        if not node.users:
+            graph.erase_node(node)
+    graph.set_codegen(fx.graph.CodeGen())
+
+
+def record_shapes(graph: fx.Graph, model: nn.Module, input_size: tuple[int, ...], batch: int = 2) -> None:
+    """Note each node's output in ``node.meta["tensor_meta"]``, by running the graph without data.
+
+    Args:
+        graph: a trace of ``model``.
+        model: the model, on any device; it is not run itself.
+        input_size: channels, height and width.
+        batch: pictures in the batch.
+
+    Raises:
+        CadaptError: the model refuses that input size.
+    """
+    twin = meta_copy(model)
+    runner = ShapeProp(fx.GraphModule(twin, graph))
+    example = torch.empty((batch, *input_size), device="meta")
+    try:
+        with torch.no_grad():
+            runner.propagate(example)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        size = "×".join(str(value) for value in input_size)
+        raise CadaptError(f"the model does not run on {size} input: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,42 @@
+"""The task's classifier: stands where the base's would, which stays beside it untouched."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+from timm.layers import LayerNorm2d
+from torch import nn
+
+from cadapt.plan import Head
+
+
+def build_head(classifier: nn.Module, head: Head, features: int) -> nn.Module:
+    """Make a head that can be called where ``classifier`` is.
+
+    Args:
+        classifier: the base's own, whose kind (linear, or a 1×1 conv over pooled maps) the new one follows.
+        head: classes, initialisation, and what stands before the classifier.
+        features: channels of its input.
+
+    Returns:
+        Maps what the base's classifier is given to ``[B, num_classes]`` (or ``[B, num_classes, 1, 1]`` for a conv).
+    """
+    on_maps = isinstance(classifier, nn.Conv2d)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if head.norm:
+        layers["norm"] = LayerNorm2d(features) if on_maps else nn.LayerNorm(features)
+    if head.dropout > 0:
+        layers["dropout"] = nn.Dropout(head.dropout)
+    layers["classifier"] = _classifier(classifier, head, features, on_maps)
+    return nn.Sequential(layers)
+
+
+def _classifier(classifier: nn.Module, head: Head, features: int, on_maps: bool) -> nn.Module:
+    if head.init == "base":
+        return copy.deepcopy(classifier)
+    fresh = nn.Conv2d(features, head.num_classes, 1) if on_maps else nn.Linear(features, head.num_classes)
+    nn.init.trunc_normal_(fresh.weight, std=0.02)
+    assert fresh.bias is not None
+    nn.init.zeros_(fresh.bias)
+    return fresh
