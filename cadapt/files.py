@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from cadapt.errors import CadaptError, UsageError
 
@@ -49,28 +49,36 @@ def write_atomically(path: str | Path, data: Data, *, overwrite: bool) -> None:
         CadaptError: the system refused (no such folder, not permitted, disk full …); an old file is as it was.
     """
     try:
-        descriptor = _open_straight(path)
-        if descriptor is not None:
-            with os.fdopen(descriptor, "wb") as handle:
-                _fill(handle, data)
-            return
-        target = _resolve(path)
-        if not overwrite and target.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        _remove_stale(target.parent)
-        _write_beside(target, data, overwrite=overwrite)
-    except FileExistsError as error:
-        raise UsageError(f"'{path}' exists", hint="replace it with --force, or name another output") from error
+        _write(path, data, overwrite=overwrite)
     except OSError as error:
         # a path of its own means that the data's function failed on some other file: not ours to explain
         if error.filename is not None and not _is_ours(error.filename, path):
             raise
+        if isinstance(error, FileExistsError):
+            raise UsageError(f"'{path}' exists", hint="replace it with --force, or name another output") from error
         raise CadaptError(f"cannot write '{path}': {error.strerror or error}") from error
 
 
+def _write(path: str | Path, data: Data, *, overwrite: bool) -> None:
+    descriptor = _open_straight(path)
+    if descriptor is not None:
+        with os.fdopen(descriptor, "wb") as handle:
+            _fill(handle, data)
+        return
+    target = _resolve(path)
+    if not overwrite and target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    _remove_stale(target.parent)
+    while not _write_beside(target, data, overwrite=overwrite):
+        _LOG.debug("another run took the temporary file beside %s for a stale one", target)
+    _sync_folder(target.parent)
+
+
 def _is_ours(name: object, path: str | Path) -> bool:
+    """Whether an error's file name is the output, its folder, or a temporary file of this module."""
     named = Path(os.fsdecode(name)) if isinstance(name, str | bytes | os.PathLike) else Path()
-    return named.name.startswith(_PREFIX) or named in (Path(path), Path(path).parent) or named == _resolve(path).parent
+    target = Path(path)
+    return named.name.startswith(_PREFIX) or named in (target, target.parent, _resolve(target), _resolve(target).parent)
 
 
 def _open_straight(path: str | Path) -> int | None:
@@ -105,29 +113,34 @@ def _fill(handle: BinaryIO, data: Data) -> None:
     handle.flush()
 
 
-def _write_beside(target: Path, data: Data, *, overwrite: bool) -> None:
+def _write_beside(target: Path, data: Data, *, overwrite: bool) -> bool:
+    """Write and publish; False, with nothing done, if a clean-up came between the file's creation and its lock."""
     temporary = target.parent / f"{_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
     try:
         # the name is made before the try and the file within it: an exception by signal finds both or neither
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as handle:
-            _lock(handle.fileno())
+            if _lock(handle.fileno()) == "held" or not temporary.exists():
+                return False
             _fill(handle, data)
             if overwrite:
-                _copy_mode(target, handle.fileno())
+                _copy_mode(target, temporary)
             os.fsync(handle.fileno())
+            if sys.platform == "win32":
+                handle.close()  # nothing is renamed there while it is open
             # published while the lock is held: nobody may take the finished file for a stale one
             _publish(temporary, target, overwrite=overwrite)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+    return True
 
 
-def _copy_mode(target: Path, descriptor: int) -> None:
+def _copy_mode(target: Path, temporary: Path) -> None:
+    """Give the new file the mode of the one it replaces, if there is one."""
     with suppress(FileNotFoundError):
         mode = stat.S_IMODE(target.stat().st_mode)
-        if mode != stat.S_IMODE(os.fstat(descriptor).st_mode):
-            os.fchmod(descriptor, mode)
+        if mode != stat.S_IMODE(temporary.stat().st_mode):
+            temporary.chmod(mode)
 
 
 def _publish(temporary: Path, target: Path, *, overwrite: bool) -> None:
@@ -170,18 +183,20 @@ def _host() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int) -> Literal["locked", "held", "impossible"]:
     """Lock an open file for as long as it is open; the system lets go of it even when the process is killed."""
     if sys.platform == "win32":
-        return False
+        return "impossible"
     import fcntl
 
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "held"
     except OSError as error:
-        _LOG.debug("cannot lock: %s", error)
-        return False
-    return True
+        _LOG.debug("no locks here: %s", error)
+        return "impossible"
+    return "locked"
 
 
 def _remove_stale(folder: Path) -> None:
@@ -190,7 +205,7 @@ def _remove_stale(folder: Path) -> None:
         try:
             descriptor = os.open(leftover, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0))
             try:
-                if _lock(descriptor):
+                if _lock(descriptor) == "locked":
                     leftover.unlink(missing_ok=True)
             finally:
                 os.close(descriptor)
