@@ -1,0 +1,194 @@
+"""A run's parts and their common state: made from the settings, saved to the run folder, loaded from it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import ceil
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cadapt.errors import UsageError
+from cadapt.train.checkpoint import check_same_run, read_state, write_state
+from cadapt.train.config import TrainConfig
+from cadapt.train.folder import RunFolder, write_record
+from cadapt.train.hardware import resolve_device, resolve_precision
+from cadapt.train.ledger import Ledger
+from cadapt.train.meter import Meter
+from cadapt.train.protocols import FitData, SaveWeights
+from cadapt.train.randomness import random_state, restore_random_state
+from cadapt.train.recorder import Recorder, versions
+from cadapt.train.schedule import schedule_of
+from cadapt.train.stepper import Stepper, not_finite
+from cadapt.train.weights import Learnt
+
+if TYPE_CHECKING:
+    from cadapt.train.protocols import Batch
+
+
+class Session:
+    """Everything one call of ``fit`` works with.
+
+    Args:
+        model: moved to the device, and put into training mode.
+        data, config, run, save_weights: as given to ``fit``.
+
+    Raises:
+        UsageError: nothing to train, no training images, or no such device.
+        RefusedError: the run folder's state is damaged, or of other data or another model.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: FitData, config: TrainConfig, run: RunFolder | None, save_weights: SaveWeights
+    ) -> None:
+        self.data, self.config, self.run = data, config, run
+        self._save_weights = save_weights
+        self.device = resolve_device(config.device)
+        self.precision = resolve_precision(config.precision, self.device)
+        self.steps = ceil(data.train.steps_per_epoch / config.accumulate)
+        if self.steps == 0:
+            raise UsageError("there are no training images")
+        self.model = _placed(model, self.device, config.channels_last)
+        self.schedule = schedule_of(config, self.steps)
+        self.learnt = Learnt(self.model)
+        self.stepper = Stepper(
+            self.model,
+            self.learnt,
+            config,
+            class_count=len(data.classes),
+            device=self.device,
+            precision=self.precision,
+        )
+        self.ledger = Ledger()
+        self.epoch_meter, self.interval_meter = Meter(self.device), Meter(self.device)
+        self.best_tensors: dict[str, Tensor] = {}
+        # as it will be after a round trip through the saved state
+        self._data_record = json.loads(json.dumps(data.record))
+        metrics_bytes = self._load() if run is not None and run.resume else 0
+        self.recorder = Recorder(run, metrics_bytes=metrics_bytes, steps_done=self.steps_done)
+        if run is not None and not run.resume:
+            write_record(run, self._run_record(run))
+        self._counted_until = monotonic()
+        self.saved_at = self._counted_until
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps of the whole run so far."""
+        return self.ledger.epoch * self.steps + self.ledger.step
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step taken."""
+        return self.schedule.lr_at(max(0, self.steps_done - 1))
+
+    def take_step(self, batches: Sequence[Batch]) -> None:
+        """Take the next optimizer step on ``batches``; the ledger is moved on by the caller."""
+        self.stepper.step(
+            batches,
+            lr=self.schedule.lr_at(self.steps_done),
+            epoch=self.ledger.epoch,
+            step=self.ledger.step,
+            steps_done=self.steps_done + 1,
+            meters=(self.epoch_meter, self.interval_meter),
+        )
+
+    def count_seconds(self) -> None:
+        """Bring the ledger's time up to now."""
+        now = monotonic()
+        self.ledger.seconds += now - self._counted_until
+        self._counted_until = now
+
+    def check_finite(self) -> None:
+        """Check that neither the losses since the last check nor the weights are ruined; this waits for the device.
+
+        Raises:
+            CadaptError: they are.
+        """
+        means = self.epoch_meter.read()
+        if means.images and not abs(means.loss) < float("inf"):
+            raise not_finite("the loss", self.steps_done, self.lr)
+        broken = self.learnt.first_broken()
+        if broken is not None:
+            raise not_finite(f"trainable tensor '{broken}'", self.steps_done, self.lr)
+
+    def save_best(self) -> None:
+        """Write ``best.safetensors``; call it while the model holds the weights to keep."""
+        if self.run is not None:
+            self._save_weights(self.run.best, self.model, self._weights_record())
+
+    def save(self) -> None:
+        """Write ``last.safetensors`` and ``state.pt``; without a run folder, only check.
+
+        Raises:
+            CadaptError: weights or losses are ruined, so that what was saved before is better.
+        """
+        self.check_finite()
+        self.saved_at = monotonic()
+        if self.run is None:
+            return
+        self.count_seconds()
+        with self.stepper.averaged():
+            self._save_weights(self.run.last, self.model, self._weights_record())
+        write_state(self.run.state, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_json(),
+            "data": self._data_record,
+            "steps_per_epoch": self.steps,
+            "precision": self.precision,
+            "ledger": self.ledger.to_state(),
+            "tensors": self.learnt.capture(),
+            "best_tensors": self.best_tensors,
+            "stepper": self.stepper.state(),
+            "meters": [self.epoch_meter.state(), self.interval_meter.state()],
+            "random": random_state(),
+            "metrics_bytes": self.recorder.sync(),
+        }
+
+    def _load(self) -> int:
+        assert self.run is not None
+        state = read_state(self.run.state)
+        check_same_run(state, self.config, self._data_record, self.steps)
+        self.learnt.restore(state["tensors"])
+        self.stepper.load_state(state["stepper"])
+        self.ledger = Ledger(**state["ledger"])
+        self.best_tensors = state["best_tensors"]
+        for meter, saved in zip((self.epoch_meter, self.interval_meter), state["meters"], strict=True):
+            meter.load_state(saved)
+        restore_random_state(state["random"])
+        return int(state["metrics_bytes"])
+
+    def _run_record(self, run: RunFolder) -> dict[str, Any]:
+        return {
+            "config": self.config.to_json(),
+            "data": self._data_record,
+            "classes": list(self.data.classes),
+            "device": str(self.device),
+            "precision": self.precision,
+            "versions": versions(),
+            "command": list(run.command),
+        }
+
+    def _weights_record(self) -> dict[str, Any]:
+        # no times and no paths: equal runs write equal files
+        return {
+            "config": self.config.to_json(),
+            "data": self._data_record,
+            "seed": self.config.seed,
+            "epochs": self.ledger.epoch,
+            "steps": self.steps_done,
+            "metrics": dict(self.ledger.final),
+            "precision": self.precision,
+            "versions": versions(),
+        }
+
+
+def _placed(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    model.to(device=device)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.train()
