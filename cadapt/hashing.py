@@ -37,7 +37,7 @@ def tensor_bytes(name: str, tensor: torch.Tensor) -> memoryview:
         kind = "on the meta device" if plain.is_meta else "sparse or quantised"
         raise CadaptError(f"tensor '{name}' has no plain data: it is {kind}")
     dense = plain.resolve_conj().resolve_neg().cpu().contiguous()
-    return memoryview(dense.reshape(-1).view(torch.uint8).numpy())
+    return dense.reshape(-1).view(torch.uint8).numpy().data
 
 
 def hash_tensors(items: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -45,5 +45,5 @@ class Preprocessing:
                 crop_pct=float(record["crop_pct"]),
                 crop_mode=str(record["crop_mode"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RefusedError(f"damaged preprocessing record: {error!r}") from error
