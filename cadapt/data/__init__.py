@@ -1,0 +1,48 @@
+"""From folders and data sets to batches: reading, checking, splitting, augmenting and loading pictures, reproducibly.
+
+``open_training_data`` and ``open_evaluation_data`` turn what a user names into :class:`Images`; :class:`TrainLoader`
+and ``evaluation_batches`` turn those into tensors.
+"""
+
+from cadapt.data.augment import DEFAULT_PRESET, PRESETS, evaluation_transform, training_transform
+from cadapt.data.classes import ClassMatch, match_classes
+from cadapt.data.folder import Images, ImageSet, find_images
+from cadapt.data.images import BadImage, UnreadableImage, check_images, read_image
+from cadapt.data.loader import TrainLoader, evaluation_batches
+from cadapt.data.mixup import Mixing, mix_batch
+from cadapt.data.source import (
+    EvaluationData,
+    TrainingData,
+    UnreadableImages,
+    open_evaluation_data,
+    open_training_data,
+)
+from cadapt.data.split import FewShot, few_shot, split_images
+
+__all__ = [
+    "DEFAULT_PRESET",
+    "PRESETS",
+    "BadImage",
+    "ClassMatch",
+    "EvaluationData",
+    "FewShot",
+    "ImageSet",
+    "Images",
+    "Mixing",
+    "TrainLoader",
+    "TrainingData",
+    "UnreadableImage",
+    "UnreadableImages",
+    "check_images",
+    "evaluation_batches",
+    "evaluation_transform",
+    "few_shot",
+    "find_images",
+    "match_classes",
+    "mix_batch",
+    "open_evaluation_data",
+    "open_training_data",
+    "read_image",
+    "split_images",
+    "training_transform",
+]

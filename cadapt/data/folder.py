@@ -1,0 +1,199 @@
+"""Finds the pictures of a folder whose subfolders are the classes, in an order that does not depend on the disk.
+
+What it finds, an :class:`ImageSet`, is one kind of :class:`Images`, the interface all sources of pictures share:
+splits, loaders and class matching know nothing else. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from cadapt.data.images import check_image, read_image
+from cadapt.errors import RefusedError, UsageError, close_matches
+
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
+)
+SHOWN = 20
+
+
+class Images(Protocol):
+    """Labelled pictures that can be read in any order; two of the same names and labels hold the same pictures."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of the labels."""
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Each picture's class, as an index into ``classes``."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What tells each picture from the others, on any machine: its path within the source, for example."""
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+
+    def read(self, index: int) -> Image.Image:
+        """Read one picture as upright 8-bit RGB. Raises: UnreadableImage."""
+
+    def check(self, index: int) -> None:
+        """Decode one picture only to see whether it can be. Raises: UnreadableImage."""
+
+    def select(self, indices: Sequence[int]) -> Images:
+        """Return those pictures alone, in that order, with the same classes."""
+
+    def relabel(self, mapping: Mapping[int, int], classes: Sequence[str]) -> Images:
+        """Return the pictures whose label ``mapping`` knows, under their new labels and class names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Pictures in files below ``root``: each a relative path (with forward slashes) and a label."""
+
+    root: Path
+    samples: tuple[tuple[str, int], ...]
+    classes: tuple[str, ...]
+
+    @cached_property
+    def labels(self) -> tuple[int, ...]:
+        """Each picture's class, as an index into ``classes``."""
+        return tuple(label for _, label in self.samples)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Each picture's path below ``root``."""
+        return tuple(name for name, _ in self.samples)
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.samples)
+
+    def read(self, index: int) -> Image.Image:
+        """Read one picture as upright 8-bit RGB. Raises: UnreadableImage."""
+        return read_image(self.root / self.samples[index][0])
+
+    def check(self, index: int) -> None:
+        """Decode one picture only to see whether it can be. Raises: UnreadableImage."""
+        check_image(self.root / self.samples[index][0])
+
+    def select(self, indices: Sequence[int]) -> ImageSet:
+        """Return those pictures alone, in that order, with the same classes."""
+        return replace(self, samples=tuple(self.samples[index] for index in indices))
+
+    def relabel(self, mapping: Mapping[int, int], classes: Sequence[str]) -> ImageSet:
+        """Return the pictures whose label ``mapping`` knows, under their new labels and class names."""
+        samples = tuple((name, mapping[label]) for name, label in self.samples if label in mapping)
+        return replace(self, samples=samples, classes=tuple(classes))
+
+
+def find_images(folder: str | Path, *, minimum_classes: int = 2) -> ImageSet:
+    """Find the pictures in a folder's class subfolders: classes sorted by name, pictures by path.
+
+    Pictures may lie deeper inside a class; links are followed. Hidden files and folders, files that have no picture's
+    extension, and files beside the class folders are ignored.
+
+    Args:
+        minimum_classes: 2 to train; 1 is enough to evaluate.
+
+    Raises:
+        UsageError: there is no such folder, or it has no class subfolders.
+        RefusedError: a class without pictures, fewer classes than needed, or a link that leads back to its own folder.
+    """
+    root = require_folder(folder)
+    classes = tuple(entry.name for entry in visible_folders(root))
+    if not classes:
+        raise _no_classes(root)
+    found = [list(_pictures_below(root / name, name)) for name in classes]
+    if not any(found):
+        raise RefusedError(f"no images in '{root}': looked in {len(classes)} class folders for {_extensions()}")
+    empty = [name for name, paths in zip(classes, found, strict=True) if not paths]
+    if empty:
+        raise RefusedError(
+            f"no images in {len(empty)} of {len(classes)} class folders of '{root}': {listed(empty)}",
+            hint="remove the empty folders, or put their images there",
+        )
+    if len(classes) < minimum_classes:
+        raise RefusedError(
+            f"one class only in '{root}': '{classes[0]}', expected at least {minimum_classes}",
+            hint="give the folder that holds one subfolder for each class",
+        )
+    samples = tuple((path, label) for label, paths in enumerate(found) for path in sorted(paths))
+    return ImageSet(root=root, samples=samples, classes=classes)
+
+
+def require_folder(folder: str | Path) -> Path:
+    """Return the folder's path if it is there.
+
+    Raises:
+        UsageError: it is not (the hint names siblings of a similar name), or it is a file.
+    """
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UsageError(f"not a folder: '{path}' is a file", hint="give the folder that holds the class folders")
+    parent = path.parent
+    siblings = [entry.name for entry in visible_folders(parent)] if parent.is_dir() else []
+    raise UsageError(
+        f"no folder '{path}'",
+        hint=close_matches(path.name, siblings) if siblings else f"there is nothing in '{parent}'",
+    )
+
+
+def visible_folders(folder: Path) -> list[os.DirEntry[str]]:
+    """Return a folder's subfolders by name, the hidden ones left out."""
+    return [entry for entry in _entries(folder) if entry.is_dir()]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first twenty names in one line, and how many more there are."""
+    more = f", … and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise RefusedError(f"cannot list the folder '{folder}': {(error.strerror or str(error)).lower()}") from error
+
+
+def _pictures_below(folder: Path, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        raise RefusedError(f"'{folder}' is a link that leads back to a folder it lies in", hint="remove the link")
+    for entry in _entries(folder):
+        path = f"{prefix}/{entry.name}"
+        if entry.is_dir():
+            yield from _pictures_below(folder / entry.name, path, (*above, here))
+        elif is_picture(entry.name):
+            yield path
+
+
+def is_picture(name: str) -> bool:
+    """Tell by its extension whether a file is meant to be a picture."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122  (thrice as fast, and names may be millions)
+
+
+def _extensions() -> str:
+    return " ".join(sorted(EXTENSIONS))
+
+
+def _no_classes(root: Path) -> UsageError:
+    pictures = sum(is_picture(entry.name) for entry in _entries(root))
+    found = f"{pictures} images directly in it" if pictures else "nothing to read in it"
+    return UsageError(
+        f"no class subfolders in '{root}': {found}",
+        hint=f"put each class's images into a folder of its name below '{root}'",
+    )

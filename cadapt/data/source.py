@@ -1,0 +1,270 @@
+"""Opens what a user names as data, checks all of it, and splits it: the way from a command's argument to pictures.
+
+A source is a folder with one subfolder per class, a folder with such folders in ``train/`` and ``val/`` (or ``valid/``,
+``validation/``, ``test/``), or a data set behind one of timm's readers (``wds/FOLDER``, ``hfds/NAME``, ``torch/NAME``,
+each perhaps with ``@ROOT`` and ``#SPLIT`` after it). Training and evaluation begin here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from cadapt.data.classes import match_classes
+from cadapt.data.folder import Images, ImageSet, find_images, listed, require_folder, visible_folders
+from cadapt.data.images import BadImage, Progress, check_each
+from cadapt.data.readers import HELD_OUT_SPLITS, PREFIXES, TRAIN_SPLITS, find_split, open_reader, parse_reader
+from cadapt.data.split import few_shot, sha256_of_samples, split_images
+from cadapt.errors import RefusedError, UsageError
+
+
+class UnreadableImages(RefusedError):
+    """Data with files that cannot be decoded: all of them in ``files``, the first twenty in the message."""
+
+    def __init__(self, files: Sequence[BadImage], total: int) -> None:
+        lines = [f"{bad.path} ({bad.reason})" for bad in files]
+        super().__init__(
+            f"{len(files)} of {total} images cannot be read: {listed(lines)}",
+            hint="replace or remove them, or leave them out with --skip-bad",
+        )
+        self.files = tuple(files)
+        self.total = total
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What to train on: ``val`` is None where nothing was held out; ``record`` is JSON-able and goes into the file."""
+
+    train: Images
+    val: Images | None
+    classes: tuple[str, ...]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationData:
+    """What to evaluate on, under the data's own class names."""
+
+    images: Images
+    classes: tuple[str, ...]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One split as it was found: ``kind`` is "folder" or a reader's prefix, ``part`` the split's name if it has one."""
+
+    images: Images
+    kind: str
+    name: str
+    part: str | None
+
+
+def open_training_data(
+    source: str,
+    *,
+    val_split: float = 0.1,
+    shots: int | None = None,
+    seed: int = 0,
+    skip_bad: bool = False,
+    workers: int = 0,
+    on_progress: Progress | None = None,
+    val: str | None = None,
+) -> TrainingData:
+    """Open a source to train on, decode every picture once, and hold some out.
+
+    Args:
+        source: a folder, or a reader's data set; see the module.
+        val_split: the share of each class to hold out where the source has no such part; 0 holds out nothing.
+        shots: train on so many pictures of each class (of those not held out); None is all.
+        seed: of the split and the choice.
+        skip_bad: leave unreadable pictures out, and record their names.
+        workers: threads that decode.
+        on_progress: called with how many pictures are decoded and how many there are.
+        val: another source to validate on.
+
+    Raises:
+        UsageError: there is no such source, or no such share or number of shots.
+        RefusedError: classes that differ between the parts, a class without pictures, or one class only.
+        UnreadableImages: pictures that cannot be decoded, unless ``skip_bad``.
+        CadaptError: a reader's package is missing, or its data set cannot be opened.
+    """
+    if not 0 <= val_split < 1:
+        raise UsageError(f"validation split: got {val_split}, expected 0 up to 1", hint="--val-split 0.1")
+    train_part, held_part = _training_parts(source, val)
+    parts = [train_part] if held_part is None else [train_part, _held_like(train_part, held_part)]
+    readable, skipped = _readable([part.images for part in parts], skip_bad, workers, on_progress)
+    train, held = readable[0], readable[1] if len(readable) > 1 else None
+    if held is None and val_split > 0:
+        train, held = split_images(train, val_split, seed)
+    few = few_shot(train, shots, seed) if shots is not None else None
+    train = few.images if few is not None else train
+    if held is not None and len(held) == 0:
+        raise RefusedError("no class has two images, so none can be held out", hint="--val-split 0")
+    splits = {"train": train} if held is None else {"train": train, "val": held}
+    record = _record(train_part, splits, skipped) | {
+        "parts": {name: part.part for name, part in zip(("train", "val"), parts, strict=False)},
+        "val_source": None if val is None or held_part is None else held_part.name,
+        "val_split": val_split if held_part is None else None,
+        "seed": seed,
+        "shots": shots,
+        "short_classes": few.short_classes if few is not None else {},
+    }
+    return TrainingData(train=train, val=held, classes=train.classes, record=record)
+
+
+def open_evaluation_data(
+    source: str, *, skip_bad: bool = False, workers: int = 0, on_progress: Progress | None = None
+) -> EvaluationData:
+    """Open a source to evaluate on: its ``test`` part, else its ``val`` part, else all of a folder of classes.
+
+    The record's ``part`` says which was used. Classes are the data's own, in its own order; see
+    :func:`~cadapt.data.classes.match_classes`.
+
+    Raises:
+        UsageError: there is no such source, or it has nothing but a training part.
+        RefusedError: a class without pictures.
+        UnreadableImages: pictures that cannot be decoded, unless ``skip_bad``.
+        CadaptError: a reader's package is missing, or its data set cannot be opened.
+    """
+    part = _held_out_part(source, ("test", *HELD_OUT_SPLITS))
+    (images,), skipped = _readable([part.images], skip_bad, workers, on_progress)
+    record = _record(part, {"evaluation": images}, skipped) | {"part": part.part}
+    return EvaluationData(images=images, classes=images.classes, record=record)
+
+
+def _training_parts(source: str, val: str | None) -> tuple[_Part, _Part | None]:
+    held = _held_out_part(val, HELD_OUT_SPLITS) if val is not None else None
+    reader = parse_reader(source)
+    if reader is not None:
+        split = find_split(reader, TRAIN_SPLITS)
+        if split is None:
+            raise UsageError(f"no split 'train' in {source}", hint=f"name one: {source}#SPLIT")
+        train = _reader_part(source, split)
+        other = find_split(replace(reader, split=None), HELD_OUT_SPLITS) if held is None and not reader.split else None
+        return train, held if other is None else _reader_part(source, other)
+    folder = _source_folder(source)
+    parts = _folder_parts(folder)
+    if "train" not in parts:
+        if parts and {entry.name for entry in visible_folders(folder)} <= set(HELD_OUT_SPLITS):
+            raise UsageError(f"no train/ in '{folder}', only {' and '.join(parts)}", hint="give the folder of one part")
+        return _folder_part(folder, None), held
+    other = next((name for name in HELD_OUT_SPLITS if name in parts), None)
+    train = _folder_part(folder, "train")
+    return train, held if held is not None or other is None else _folder_part(folder, other, minimum_classes=1)
+
+
+def _held_out_part(source: str, order: Sequence[str]) -> _Part:
+    reader = parse_reader(source)
+    if reader is not None:
+        split = find_split(reader, order)
+        if split is None:
+            raise UsageError(f"no split {' or '.join(HELD_OUT_SPLITS)} in {source}", hint=f"name one: {source}#SPLIT")
+        return _reader_part(source, split)
+    folder = _source_folder(source)
+    parts = _folder_parts(folder)
+    part = next((name for name in order if name in parts), None)
+    if part is None and "train" in parts:
+        raise UsageError(
+            f"'{folder}' has train/ but none of {', '.join(HELD_OUT_SPLITS)}", hint=f"to use that: {folder / 'train'}"
+        )
+    return _folder_part(folder, part, minimum_classes=1)
+
+
+def _source_folder(source: str) -> Path:
+    prefix = source.partition("/")[0].lower()
+    if prefix in ("tfds", "hfids") and not Path(source).exists():
+        raise UsageError(f"no reader '{prefix}/'", hint=f"known readers: {', '.join(f'{name}/' for name in PREFIXES)}")
+    return require_folder(source)
+
+
+def _folder_parts(folder: Path) -> tuple[str, ...]:
+    """Return which of train, val, … beneath are parts: a class of that name holds pictures, a part holds folders."""
+    names = {entry.name for entry in visible_folders(folder)}
+    return tuple(name for name in ("train", *HELD_OUT_SPLITS) if name in names and visible_folders(folder / name))
+
+
+def _folder_part(folder: Path, part: str | None, *, minimum_classes: int = 2) -> _Part:
+    images = find_images(folder / part if part else folder, minimum_classes=minimum_classes)
+    return _Part(images=images, kind="folder", name=folder.resolve().name, part=part)
+
+
+def _reader_part(source: str, split: str) -> _Part:
+    reader = parse_reader(source)
+    assert reader is not None  # noqa: S101  (callers have parsed it)
+    name = Path(reader.name).name if reader.prefix == "wds" else reader.name
+    return _Part(images=open_reader(reader, split), kind=reader.prefix, name=name, part=split)
+
+
+def _held_like(train: _Part, held: _Part) -> _Part:
+    """Return the held-out part under the training part's labels, or refuse classes that differ.
+
+    Folders must have the same classes. Readers declare theirs, so a part may lack pictures of some, but not have
+    pictures of classes that cannot be learnt.
+    """
+    match = match_classes(train.images.classes, held.images.classes)
+    unknown = list(match.unknown_to_model)
+    missing = list(match.missing_in_data)
+    if not (isinstance(train.images, ImageSet) and isinstance(held.images, ImageSet)):
+        taught = {train.images.classes[label] for label in set(train.images.labels)}
+        unknown = sorted({held.images.classes[label] for label in set(held.images.labels)} - taught)
+        missing = []
+    differences = [f"not in training: {listed(unknown)}"] if unknown else []
+    differences += [f"not in validation: {listed(missing)}"] if missing else []
+    if differences:
+        raise RefusedError(
+            f"classes differ between training and validation of '{train.name}': {'; '.join(differences)}",
+            hint="give both parts the same class folders",
+        )
+    return replace(held, images=held.images.relabel(match.index_map, train.images.classes))
+
+
+def _readable(
+    parts: Sequence[Images], skip_bad: bool, workers: int, on_progress: Progress | None
+) -> tuple[list[Images], list[str]]:
+    """Decode every picture of all parts; return the parts without those that cannot be, and their names."""
+    starts = [0, *accumulate(len(images) for images in parts)]
+
+    def check(index: int) -> None:
+        part = max(number for number in range(len(parts)) if starts[number] <= index)
+        parts[part].check(index - starts[part])
+
+    found = check_each(starts[-1], check, workers, on_progress)
+    if found and not skip_bad:
+        raise UnreadableImages([bad for _, bad in found], starts[-1])
+    if not found:
+        return list(parts), []
+    gone = {index for index, _ in found}
+    kept, skipped = [], []
+    for start, images in zip(starts, parts, strict=False):
+        kept.append(images.select([index for index in range(len(images)) if start + index not in gone]))
+        skipped += [images.names[index] for index in range(len(images)) if start + index in gone]
+        _require_remaining(images, kept[-1])
+    return kept, skipped
+
+
+def _require_remaining(before: Images, after: Images) -> None:
+    emptied = sorted(set(before.labels) - set(after.labels))
+    if emptied:
+        names = listed([before.classes[label] for label in emptied])
+        raise RefusedError(f"no readable image in {len(emptied)} of {len(before.classes)} classes: {names}")
+
+
+def _record(part: _Part, splits: Mapping[str, Images], skipped: Sequence[str]) -> dict[str, Any]:
+    """Return what a run's record keeps of its data: names and hashes, no path of this machine."""
+    return {
+        "kind": part.kind,
+        "name": part.name,
+        "classes": len(part.images.classes),
+        "images": {name: len(images) for name, images in splits.items()},
+        "images_per_class": {
+            name: {"min": min(counts.values(), default=0), "max": max(counts.values(), default=0)}
+            for name, counts in ((name, Counter(images.labels)) for name, images in splits.items())
+        },
+        "sha256": {name: sha256_of_samples(images) for name, images in splits.items()},
+        "skipped": list(skipped),
+    }

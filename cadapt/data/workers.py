@@ -1,0 +1,165 @@
+"""Runs torch's DataLoader so that a run can be stopped and taken up again: the processes behind both kinds of loader.
+
+A worker gets whole batches of (epoch, index) keys and seeds the generators for each sample, so what it returns does not
+depend on which worker it is or on what it did before. The run's own signal handlers are never run in a worker.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from cadapt.data.augment import Transform
+from cadapt.data.folder import Images
+from cadapt.data.images import UnreadableImage
+from cadapt.data.seeding import derive_seed, preserved_generators, seed_generators
+from cadapt.errors import CadaptError
+
+Key = tuple[int, int]
+Batch = tuple[torch.Tensor, torch.Tensor]
+_STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
+
+
+class Samples:
+    """What a worker holds: the pictures, their transform, and the seed of what is random in it.
+
+    Args:
+        seed: None when nothing in the transform is random, as in evaluation.
+    """
+
+    def __init__(self, images: Images, transform: Transform, seed: int | None) -> None:
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+        self.labels = images.labels
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int]:
+        """Return one picture's tensor ``[C, H, W]`` and label, leaving the generators seeded for it."""
+        epoch, index = key
+        image = self.images.read(index)
+        if self.seed is not None:
+            seed_generators(derive_seed("sample", self.seed, epoch, index))
+        return self.transform(image), self.labels[index]
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch | UnreadableImage:
+        """Return a batch, or the error of the first picture that cannot be read.
+
+        As a value the error arrives whole; raised, it would arrive as the text of a worker's traceback.
+        """
+        with preserved_generators():
+            try:
+                images, labels = default_collate([self[key] for key in keys])
+            except UnreadableImage as error:
+                return error
+        return images, labels
+
+
+class KeySampler:
+    """Hands the DataLoader the batches of keys it was last given: persistent workers learn the epoch by them."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Key]] = []
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """Start over on the batches given last."""
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        """Return how many batches that is."""
+        return len(self.batches)
+
+
+class BatchSource:
+    """Turns lists of keys into batches, in this process or in workers that live as long as this object.
+
+    Args:
+        workers: processes; 0 reads in this one.
+        persistent: keep the workers between calls of :meth:`batches`.
+        pin_memory: None pins where there is a CUDA device.
+    """
+
+    def __init__(self, samples: Samples, workers: int, *, persistent: bool, pin_memory: bool | None) -> None:
+        self._sampler = KeySampler()
+        self._turn = 0
+        self._loader: DataLoader[Any] = DataLoader(
+            samples,  # type: ignore[arg-type]  # torch asks for its own class, and uses only __getitems__
+            batch_sampler=self._sampler,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_prepare_worker,
+            persistent_workers=persistent and workers > 0,
+            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+            generator=torch.Generator(),  # else each pass would draw from the process' own
+        )
+
+    def batches(self, keys: list[list[Key]]) -> Iterator[Batch]:
+        """Yield a batch for each list of keys: ``[B, C, H, W]`` float32 and ``[B]`` int64.
+
+        Raises:
+            UnreadableImage: a picture could not be read.
+            CadaptError: a worker process died.
+            RuntimeError: a later call of this method took the workers over.
+        """
+        self._turn += 1
+        turn = self._turn
+        self._sampler.batches = keys
+        with _signals_held_back(), warnings.catch_warnings():
+            # Python 3.12 warns of every fork beside threads; torch's workers are made for that.
+            warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+            batches = iter(self._loader)
+        for _ in keys:
+            if turn != self._turn:
+                raise RuntimeError("these batches were given up when a later pass over the same loader began")
+            batch = _next_batch(batches)
+            if isinstance(batch, UnreadableImage):
+                raise batch
+            yield batch[0], batch[1]
+
+
+def _next_batch(batches: Iterator[Any]) -> Any:
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise CadaptError(
+            f"a loading worker died: {str(error).splitlines()[0]}",
+            hint="it may have been out of memory, or of shared memory: try fewer --workers, or --workers 0",
+        ) from error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _prepare_worker(_worker: int) -> None:
+    """Leave Ctrl-C to the main process, and let a termination end the worker without the run's own handler."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back while workers start, so that none reaches them before they are prepared."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
