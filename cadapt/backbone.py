@@ -122,12 +122,12 @@ def check_identity(found: Backbone, expected: Base) -> Backbone:
     return Backbone(model=found.model, base=expected, preprocessing=found.preprocessing)
 
 
-def describe_model(model: nn.Module) -> Backbone:
-    """Identify a model that the caller made, with the preprocessing timm resolves for it."""
+def describe_model(model: nn.Module, img_size: int | None = None) -> Backbone:
+    """Identify a model that the caller made, with the preprocessing timm resolves for it, or another input size."""
     config = getattr(model, "pretrained_cfg", None) or {}
     name = config.get("architecture") or type(model).__name__
     name = f"{name}.{config['tag']}" if config.get("tag") else name
-    return _identify(model, name, "given")
+    return _identify(model, name, "given", img_size=img_size)
 
 
 def classifier_path(model: nn.Module) -> str | None:

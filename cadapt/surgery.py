@@ -268,14 +268,19 @@ def _seed_of(seed: int, name: str) -> int:
 
 def _attach(adapters: nn.Module, insertion: Insertion, adapter: nn.Module) -> str:
     """Hang an adapter under its scheme's and site's names and return its path from the root."""
-    scheme = insertion.scheme.replace("-", "_")
+    path = adapter_path(insertion)
+    _, scheme, name = path.split(".")
     if not hasattr(adapters, scheme):
         adapters.add_module(scheme, nn.Module())
-    name = adapter_name(insertion.site)
     group = adapters.get_submodule(scheme)
     assert not hasattr(group, name), f"two adapters of {insertion.scheme} at {insertion.site.name}"
     group.add_module(name, adapter)
-    return f"{ADAPTERS}.{scheme}.{name}"
+    return path
+
+
+def adapter_path(insertion: Insertion) -> str:
+    """Where an insertion's adapter hangs in the adapted model: ``adapters.conv_par.layer1__0__conv2``."""
+    return f"{ADAPTERS}.{insertion.scheme.replace('-', '_')}.{adapter_name(insertion.site)}"
 
 
 def adapter_name(site: Site) -> str:

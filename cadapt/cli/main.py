@@ -1,0 +1,107 @@
+"""The program ``cadapt``: finds the commands, runs one, and is the one place where errors become exit codes.
+
+A command is a file of this package whose name has no leading underscore; it defines ``command``. Nothing here
+imports torch, so that help and completion come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import typer
+
+    from cadapt.errors import CadaptError
+
+_SILENT = {"-q", "--quiet", "--help", "-h", "--version", "--json", "--show-completion", "--install-completion"}
+
+
+def build_app() -> typer.Typer:
+    """Return the Typer application with every command of this package."""
+    import importlib
+    import pkgutil
+
+    import typer
+
+    import cadapt.cli
+
+    app = typer.Typer(
+        name="cadapt",
+        help="Surgery on pretrained vision checkpoints: splice adapters into any timm model, train only those, "
+        "ship a megabyte or a verified ONNX file.",
+        epilog="cadapt insert resnet50 --scheme conv-par | cadapt train ./imgs | cadapt export --onnx",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for item in pkgutil.iter_modules(cadapt.cli.__path__):
+        if item.name.startswith("_") or item.name == "main":
+            continue
+        module = importlib.import_module(f"cadapt.cli.{item.name}")
+        app.command(item.name.replace("_", "-"), epilog=module.EXAMPLE)(module.command)
+    return app
+
+
+def _root(
+    version: bool = False,
+) -> None:
+    if version:
+        import typer
+
+        import cadapt
+
+        print(f"cadapt {cadapt.__version__}")
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with the contract's code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    _say_hello(given)
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_run(given))
+
+
+def _run(given: list[str]) -> int:
+    from cadapt.errors import CadaptError
+
+    debug = "--debug" in given or bool(os.environ.get("CADAPT_DEBUG"))
+    try:
+        build_app()([item for item in given if item != "--debug"], prog_name="cadapt")
+    except CadaptError as error:
+        _show(error)
+        if debug:
+            raise
+        return error.exit_code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # whoever reads our output has gone: nothing to say, and nothing may be flushed to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _show(error: CadaptError) -> None:
+    print(f"cadapt: error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  hint: {error.hint}", file=sys.stderr)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    # as an exception, so that every `finally` runs and no temporary file stays
+    raise SystemExit(128 + number)
+
+
+def _say_hello(given: list[str]) -> None:
+    """Say at once what was understood: importing torch takes seconds."""
+    if given and not given[0].startswith("-") and not _SILENT & set(given) and "_CADAPT_COMPLETE" not in os.environ:
+        print(f"cadapt {given[0]} …", file=sys.stderr, flush=True)

@@ -1,0 +1,153 @@
+"""The library's front: insert, save and load, over which the command line is thin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cadapt.adapted import AdaptedModel
+from cadapt.backbone import Backbone, check_identity, describe_model, reload_backbone
+from cadapt.bundle import Bundle, load_bundle, save_bundle
+from cadapt.errors import CadaptError, RefusedError
+from cadapt.surgery import operate, plan_insertions, survey, with_head
+
+
+def insert(
+    model: nn.Module,
+    scheme: str = "conv-par",
+    *,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    head_norm: bool = False,
+    head_dropout: float = 0.0,
+    seed: int = 0,
+    **settings: Any,
+) -> AdaptedModel:
+    """Put a scheme's adapters into a copy of a timm model, which itself stays as it was.
+
+    Args:
+        model: a model from timm, on any device, the meta device included.
+        scheme: a scheme's name, see ``cadapt.SCHEMES``.
+        num_classes: classes of a fresh head; None trains a copy of the model's own classifier.
+        img_size: height and width of the input in pixels; None is the model's own.
+        include: globs over site paths to adapt; none means all.
+        exclude: globs over site paths to leave out.
+        head_norm: put a fresh LayerNorm before the head's classifier.
+        head_dropout: rate of a dropout before it.
+        seed: initialises adapters and head.
+        **settings: the scheme's own, such as ``gamma=4``.
+
+    Returns:
+        The adapted model, in the argument's mode and on its device; only adapters, head and what the scheme tunes
+        require gradients.
+
+    Raises:
+        UsageError: an unknown scheme or setting, or one that does not fit.
+        CadaptError: the model has nothing to adapt under this scheme.
+
+    >>> import cadapt, timm
+    >>> adapted = cadapt.insert(timm.create_model("test_resnet"), scheme="conv-par", gamma=4, num_classes=10)
+    >>> sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    15170
+    """
+    backbone = describe_model(model, img_size)
+    surveyed = survey(backbone)
+    plan = plan_insertions(backbone, scheme, settings, include=include, exclude=exclude, seed=seed, surveyed=surveyed)
+    plan = with_head(plan, backbone, num_classes, norm=head_norm, dropout=head_dropout)
+    return operate(backbone, plan, surveyed)
+
+
+def save(model: AdaptedModel, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write an adapted model's adapter file: its plan, its trained tensors and what the task needs, not the base.
+
+    Raises:
+        UsageError: the file exists and ``overwrite`` is false.
+        CadaptError: it cannot be written.
+    """
+    save_bundle(path, to_bundle(model), overwrite=overwrite)
+
+
+def load(path: str | Path, model: nn.Module | None = None, *, checkpoint: str | Path | None = None) -> AdaptedModel:
+    """Read an adapter file and put it on its base.
+
+    Args:
+        path: the adapter file.
+        model: the base, where the caller has it; otherwise it is built as the file says.
+        checkpoint: where the base's weights are, if not where they last were.
+
+    Returns:
+        The adapted model in eval mode, on the CPU or the given model's device.
+
+    Raises:
+        RefusedError: the file is damaged, or the base is another than the one the adapter was made for.
+        CadaptError: the base's weights cannot be had.
+    """
+    bundle = load_bundle(path)
+    if model is not None:
+        backbone = replace(describe_model(model), preprocessing=bundle.preprocessing)
+        return from_bundle(bundle, check_identity(backbone, bundle.plan.base))
+    return from_bundle(bundle, base_of(bundle, checkpoint=checkpoint, near=Path(path).parent))
+
+
+def base_of(bundle: Bundle, *, checkpoint: str | Path | None = None, near: Path | None = None) -> Backbone:
+    """Build the base a bundle was made for; raises as :func:`load` does."""
+    where = Path(checkpoint) if checkpoint is not None else None
+    return reload_backbone(bundle.plan.base, bundle.preprocessing, checkpoint=where, near=near)
+
+
+def to_bundle(model: AdaptedModel) -> Bundle:
+    """The adapter file's content."""
+    return Bundle(
+        plan=model.plan,
+        classes=model.classes,
+        preprocessing=model.preprocessing,
+        training=dict(model.training_record),
+        tensors=model.trained_tensors(),
+    )
+
+
+def from_bundle(bundle: Bundle, backbone: Backbone) -> AdaptedModel:
+    """Operate on a base by a bundle's plan and give it the bundle's tensors.
+
+    Raises:
+        RefusedError: the tensors are not those the plan calls for.
+    """
+    model = operate(backbone, bundle.plan)
+    _fill(model, bundle.tensors)
+    model.classes = bundle.classes
+    model.training_record = dict(bundle.training)
+    return model.eval()
+
+
+@torch.no_grad()
+def _fill(model: AdaptedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    expected = model.trained_tensors()
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        problem = f"lacks '{missing[0]}'" if missing else f"has '{extra[0]}', which its plan does not call for"
+        raise RefusedError(f"damaged adapter: the file {problem}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+            raise RefusedError(f"damaged adapter: '{name}' has shape {found}, expected {wanted}")
+        expected[name].copy_(tensor)
+
+
+def set_task(model: AdaptedModel, classes: Sequence[str], record: Mapping[str, Any]) -> None:
+    """Note what the head's outputs mean, and how they were trained.
+
+    Raises:
+        CadaptError: the head has another number of classes.
+    """
+    head = model.plan.head
+    if head is not None and head.num_classes != len(classes):
+        raise CadaptError(f"the head has {head.num_classes} classes, {len(classes)} names were given")
+    model.classes = tuple(classes)
+    model.training_record = dict(record)
