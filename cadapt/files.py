@@ -98,11 +98,8 @@ def _open_straight(path: str | Path) -> int | None:
 
 
 def _resolve(path: str | Path) -> Path:
-    try:
-        return Path(path).resolve()
-    except RuntimeError as error:
-        # Python 3.11 and 3.12 report a loop of symbolic links this way
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
+    # unlike Path.resolve, which raises a RuntimeError for a loop of links in some versions of Python
+    return Path(os.path.realpath(path))
 
 
 def _fill(handle: BinaryIO, data: Data) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from cadapt import __version__
 from cadapt.bundle.container import ITEM_BYTES, Entry, lay_out, pack_header
 from cadapt.bundle.header import (
     DIGEST_KEY,
@@ -168,7 +169,7 @@ def _pack(bundle: Bundle) -> tuple[bytes, list[memoryview]]:
         preprocessing=bundle.preprocessing,
         training=bundle.training,
         sha256={name: hashlib.sha256(part).hexdigest() for name, part in parts.items()},
-        cadapt_version=_version(),
+        cadapt_version=__version__,
     )
     metadata = {"format": "pt", RECORD_KEY: record, DIGEST_KEY: digest(record, entries)}
     return pack_header(entries, metadata), list(parts.values())
@@ -194,12 +195,3 @@ def _read_tensor(name: str, entry: Entry, part: memoryview) -> torch.Tensor:
         return torch.empty(entry.shape, dtype=dtype)
     # a copy of its own: writable, aligned, and not keeping the whole file in memory
     return torch.frombuffer(bytearray(part), dtype=dtype).reshape(entry.shape)
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("cadapt")
-    except metadata.PackageNotFoundError:
-        return "unknown"  # run from a folder that was never installed

@@ -163,7 +163,7 @@ def _read_entry(name: str, value: object) -> Entry:
         raise RefusedError(f"damaged: tensor {name!r:.80} has no shape or no offsets, got {value!r:.80}")
     needed = ITEM_BYTES[dtype] * math.prod(shape)
     if offsets[1] - offsets[0] != needed:
-        raise RefusedError(f"damaged: tensor {name!r:.80} has {offsets[1] - offsets[0]} bytes, expected {needed}")
+        raise RefusedError(f"damaged: tensor {name!r:.80} has {offsets[1] - offsets[0]} bytes, expected {needed!s:.20}")
     return Entry(dtype=dtype, shape=shape, begin=offsets[0], end=offsets[1])
 
 
