@@ -31,18 +31,17 @@ class Splicer:
             form: ``parallel`` (Δ of the site's input) or ``sequential`` (Δ of the site's output).
         """
         output = self._current(located.output)
-        source = output if form == "sequential" else self._current(located.input)
         with self.graph.inserting_after(output):
             total = self.graph.call_function(torch.add, (output,))
+        # a sequential call needs no copy: what overwrites the output afterwards overwrites the sum in its place
+        source = output if form == "sequential" else self._unspoilt(self._current(located.input))
+        output.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         with self.graph.inserting_before(total):
-            delta = self.graph.call_module(target, (self._unspoilt(source, total),))
-        output.replace_all_uses_with(total)
+            delta = self.graph.call_module(target, (source,))
         total.args = (output, delta)
-        if form == "sequential":
-            delta.args = (output,)
         self._sums[output] = total
 
-    def _unspoilt(self, source: fx.Node, before: fx.Node) -> fx.Node:
+    def _unspoilt(self, source: fx.Node) -> fx.Node:
         """The source itself, or a copy of it made before an in-place operation overwrites it."""
         if not _is_overwritten(source, self.model):
             return source
