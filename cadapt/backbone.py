@@ -5,7 +5,9 @@ Every base gets an identity, the SHA-256 over its backbone's tensors, by which a
 
 from __future__ import annotations
 
+import logging
 import pickle
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,14 +230,16 @@ def _random(name: str, seed: int, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    # its client logs each retry; the error below says it once
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return _create(name, pretrained=True, **arguments)
     except UsageError:
         raise
     except Exception as error:  # the hub's client raises many kinds, some of them from its HTTP library
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = textwrap.shorten(str(error) or type(error).__name__, 110, placeholder=" …")
         raise CadaptError(
-            f"cannot get the pretrained weights of {name}: {reason:.160}",
+            f"cannot get the pretrained weights of {name} from the hub: {reason}",
             hint="--checkpoint FILE takes weights from disk; --no-pretrained starts from random ones",
         ) from error
 

@@ -4,13 +4,12 @@ A command is a file of this package whose name has no leading underscore; it def
 imports torch, so that help and completion come at once.
 """
 
-from __future__ import annotations
-
+# no postponed annotations here: Typer reads those of the local function in build_app
 import os
 import signal
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 if TYPE_CHECKING:
     import typer
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 _SILENT = {"-q", "--quiet", "--help", "-h", "--version", "--json", "--show-completion", "--install-completion"}
 
 
-def build_app() -> typer.Typer:
+def build_app() -> "typer.Typer":
     """Return the Typer application with every command of this package."""
     import importlib
     import pkgutil
@@ -39,7 +38,18 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_root)
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+        ] = False,
+        debug: Annotated[
+            bool, typer.Option("--debug", help="Show a traceback with an error; also CADAPT_DEBUG=1.")
+        ] = False,
+    ) -> None:
+        """Options before the command."""
+
     for item in pkgutil.iter_modules(cadapt.cli.__path__):
         if item.name.startswith("_") or item.name == "main":
             continue
@@ -48,10 +58,8 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _root(
-    version: bool = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         import typer
 
         import cadapt
@@ -90,7 +98,7 @@ def _run(given: list[str]) -> int:
     return 0
 
 
-def _show(error: CadaptError) -> None:
+def _show(error: "CadaptError") -> None:
     print(f"cadapt: error: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"  hint: {error.hint}", file=sys.stderr)

@@ -1,0 +1,137 @@
+"""``cadapt inspect``: what a model, a checkpoint, an adapter file or an ONNX file is. An adapter needs no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cadapt.cli._options import AsJson, Quiet
+from cadapt.cli._streams import print_json
+from cadapt.errors import CadaptError, UsageError
+
+EXAMPLE = "cadapt inspect resnet50 --sites; cadapt inspect 'convnext*'; cadapt inspect adapter.safetensors"
+_CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+
+
+def command(
+    target: Annotated[
+        str, typer.Argument(help="A timm model or a glob of them, a checkpoint, an adapter or ONNX file, or - (stdin).")
+    ],
+    sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", metavar="MODEL", help="The timm model a checkpoint is for.")
+    ] = None,
+    img_size: Annotated[int | None, typer.Option("--img-size", min=1, help="Input size in pixels.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what is in a model or a file.
+
+    For a model: stages, blocks and sites, and what each scheme would add (parameters, MACs, activation memory).
+    """
+    if target == "-":
+        _show_adapter(sys.stdin.buffer.read(), "stdin", as_json=as_json, quiet=quiet)
+        return
+    path = Path(target)
+    if path.is_file():
+        _inspect_file(path, backbone, sites=sites, img_size=img_size, as_json=as_json, quiet=quiet)
+        return
+    if path.suffix in (*_CHECKPOINTS, ".onnx") or "/" in target:
+        raise CadaptError(f"no file at {target}")
+    if any(mark in target for mark in "*?["):
+        from cadapt.describe import list_architectures
+        from cadapt.report.describe import show_listing
+
+        found = list_architectures(target)
+        _give({"schema": 1, "kind": "listing", "models": found}, as_json, quiet, lambda: show_listing(found))
+        return
+    _inspect_model(target, sites=sites, img_size=img_size, as_json=as_json, quiet=quiet)
+
+
+def _give(record: dict[str, Any], as_json: bool, quiet: bool, show: Any) -> None:
+    if as_json:
+        print_json(record)
+    elif not quiet:
+        show()
+
+
+def _inspect_model(name: str, *, sites: bool, img_size: int | None, as_json: bool, quiet: bool) -> None:
+    from cadapt.describe import describe_architecture
+    from cadapt.report.describe import show_model
+
+    summary = describe_architecture(name, img_size)
+    _give(summary.to_json(), as_json, quiet, lambda: show_model(summary, sites=sites))
+
+
+def _inspect_file(
+    path: Path, backbone: str | None, *, sites: bool, img_size: int | None, as_json: bool, quiet: bool
+) -> None:
+    if path.suffix == ".onnx":
+        from cadapt.export import read_onnx_header
+        from cadapt.report.describe import show_facts
+
+        facts = read_onnx_header(path).to_json()
+        _give({"schema": 1, "kind": "onnx", **facts}, as_json, quiet, lambda: show_facts(f"{path}: ONNX", facts))
+        return
+    if backbone is None and path.suffix == ".safetensors" and _is_adapter(path):
+        _show_adapter(path, str(path), as_json=as_json, quiet=quiet)
+        return
+    if path.suffix not in _CHECKPOINTS:
+        raise UsageError(f"{path} is no file that cadapt knows", hint=f"expected {', '.join(_CHECKPOINTS)} or .onnx")
+    _show_checkpoint(path, backbone, sites=sites, img_size=img_size, as_json=as_json, quiet=quiet)
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a safetensors file says it is an adapter; a damaged one is for the adapter's reader to refuse."""
+    import json
+
+    with path.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > path.stat().st_size:
+            return True
+        try:
+            header = json.loads(handle.read(length))
+        except ValueError:
+            return True
+    return isinstance(header, dict) and "cadapt" in (header.get("__metadata__") or {})
+
+
+def _show_adapter(content: Path | bytes, name: str, *, as_json: bool, quiet: bool) -> None:
+    from cadapt.bundle import read_header
+
+    header = read_header(content)
+    if as_json:
+        print_json({"schema": 1, "kind": "adapter", **header.to_json()})
+        return
+    if not quiet:
+        from cadapt.report.describe import show_header
+
+        show_header(header, name)
+
+
+def _show_checkpoint(
+    path: Path, backbone: str | None, *, sites: bool, img_size: int | None, as_json: bool, quiet: bool
+) -> None:
+    from cadapt.backbone import load_backbone, read_checkpoint
+    from cadapt.describe import summarise
+    from cadapt.report.describe import show_facts, show_model
+
+    if backbone is not None:
+        summary = summarise(load_backbone(backbone, checkpoint=path, img_size=img_size))
+        _give(summary.to_json(), as_json, quiet, lambda: show_model(summary, sites=sites))
+        return
+    if sites:
+        raise UsageError(f"the sites of {path} are its model's", hint=f"cadapt inspect {path} --backbone MODEL --sites")
+    tensors = read_checkpoint(path)
+    facts = {
+        "tensors": len(tensors),
+        "values": sum(item.numel() for item in tensors.values()),
+        "bytes": path.stat().st_size,
+        "dtypes": sorted({str(item.dtype).removeprefix("torch.") for item in tensors.values()}),
+        "first": next(iter(tensors)),
+        "last": next(reversed(tensors)),
+    }
+    _give({"schema": 1, "kind": "checkpoint", **facts}, as_json, quiet, lambda: show_facts(f"{path}: weights", facts))

@@ -1,0 +1,126 @@
+"""What ``cadapt inspect`` shows: a model and its schemes, an adapter file's header, a checkpoint, an ONNX file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from cadapt.report.console import amount, count, new_table, percent, stderr_console
+
+if TYPE_CHECKING:
+    from cadapt.bundle import Header
+    from cadapt.describe import ModelSummary
+
+
+def show_model(summary: ModelSummary, *, sites: bool) -> None:
+    """Show stages, schemes, and with ``sites`` every place where an adapter can join."""
+    console = stderr_console()
+    size = "×".join(map(str, summary.input_size))
+    console.print(
+        f"[bold]{escape(summary.name)}[/]: {count(summary.parameters)} parameters, "
+        f"{summary.macs / 1e9:.2f} GMAC at {size}"
+    )
+    counts = Counter(site.kind for site in summary.sites)
+    console.print("sites: " + ", ".join(f"{number} {kind}" for kind, number in counts.items()) or "none")
+    if summary.stages:
+        table = new_table("stage", "path", "blocks>", "convs>", "gives")
+        for stage in summary.stages:
+            shape = "×".join(map(str, stage.out_shape))
+            table.add_row(str(stage.index), escape(stage.path), str(stage.blocks), str(stage.convs), shape)
+        console.print(table)
+    if sites:
+        console.print(_site_table(summary))
+    console.print(_scheme_table(summary))
+    console.print("head left out; activations are what training keeps for backward, a picture", style="dim")
+
+
+def _site_table(summary: ModelSummary) -> Any:
+    table = new_table("site", "kind", "in", "out", "layout", "K", "stride>", "groups>", "σ", "stage>", "operator")
+    for site in summary.sites:
+        table.add_row(
+            escape(site.name),
+            site.kind,
+            "×".join(map(str, site.in_shape)),
+            "×".join(map(str, site.out_shape)),
+            site.layout,
+            "" if site.kernel is None else "×".join(map(str, site.kernel)),
+            str(site.stride[0]),
+            str(site.groups),
+            site.activation,
+            "" if site.stage is None else str(site.stage),
+            site.operator,
+        )
+    return table
+
+
+def _scheme_table(summary: ModelSummary) -> Any:
+    table = new_table("scheme", "sites>", "trainable>", "%>", "MACs added>", "activations>", "")
+    for scheme in summary.schemes:
+        if scheme.reason is not None:
+            table.add_row(scheme.name, "–", "–", "–", "–", "–", f"does not fit: {escape(scheme.reason)}")
+            continue
+        table.add_row(
+            scheme.name,
+            str(scheme.sites),
+            count(scheme.parameters),
+            percent(scheme.share),
+            amount(scheme.macs_added, ""),
+            amount(scheme.activation_bytes),
+            "",
+        )
+    return table
+
+
+def show_listing(found: Sequence[Mapping[str, Any]]) -> None:
+    """Show the architectures that match a glob."""
+    table = new_table("model", "input", "weights")
+    for item in found:
+        size = "×".join(map(str, item["input_size"] or ()))
+        table.add_row(item["name"], size, escape(", ".join(item["weights"]) or "none"))
+    console = stderr_console()
+    console.print(table)
+    console.print(f"{len(found)} models")
+
+
+def show_header(header: Header, name: str) -> None:
+    """Show everything an adapter file says about itself."""
+    plan, console = header.plan, stderr_console()
+    base = plan.base
+    origin = base.checkpoint or (f"random weights, seed {base.seed}" if base.source == "random" else base.source)
+    rows = {
+        "scheme": plan.scheme + "".join(f" {key}={value}" for key, value in plan.settings.items()),
+        "base": f"{base.name} ({origin}), {count(base.parameters)} parameters, SHA-256 {base.sha256[:16]}…",
+        "adapters": f"{len(plan.insertions)}",
+        "tensors": f"{len(header.tensors)}, {amount(sum(item.bytes for item in header.tensors.values()))}",
+        "head": "none yet: cadapt train adds it" if plan.head is None else f"{plan.head.num_classes} classes",
+        "classes": ", ".join(header.classes[:20]) + (" …" if len(header.classes) > 20 else "") or "none yet",
+        "batch norm": plan.bn_policy,
+        "input": "×".join(map(str, header.preprocessing.input_size))
+        + f", mean {list(header.preprocessing.mean)}, std {list(header.preprocessing.std)}, "
+        f"{header.preprocessing.interpolation}, crop {header.preprocessing.crop_pct:g}",
+        "format": f"version {header.format_version}, written by cadapt {header.cadapt_version}",
+        "size": amount(header.file_bytes),
+    }
+    console.print(f"[bold]{escape(name)}[/]: an adapter")
+    table = new_table("", "")
+    table.show_header = False
+    for key, value in rows.items():
+        table.add_row(key, escape(value))
+    for key, value in header.training.items():
+        table.add_row(f"training: {key}", escape(str(value)))
+    console.print(table)
+
+
+def show_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Show a record of simple facts, a line each."""
+    console = stderr_console()
+    console.print(f"[bold]{escape(title)}[/]")
+    table = new_table("", "")
+    table.show_header = False
+    for key, value in facts.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        table.add_row(key.replace("_", " "), escape(shown))
+    console.print(table)
