@@ -1,0 +1,72 @@
+"""What ``cadapt merge-report`` shows: a row per adapter, then what the whole comes to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from cadapt.report.console import amount, count, new_table, percent
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cadapt.merge.report import EndToEnd, MergeReport, SiteMerge
+
+_COLOURS = {"exact": "green", "simplified": "cyan", "kept": "yellow", "refused": "red"}
+
+
+def show_merge(report: MergeReport, console: Console) -> None:
+    """Show a merge: its table, where there are adapters, and its summary lines.
+
+    Args:
+        report: what :func:`cadapt.merge.merge` found.
+        console: where to; the commands pass the one on stderr.
+    """
+    if report.sites:
+        console.print(_table(report))
+    for line in summary_lines(report):
+        console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def summary_lines(report: MergeReport) -> tuple[str, ...]:
+    """Return the summary as plain lines."""
+    counts = [(status, report.count(status)) for status in ("simplified", "kept", "refused")]
+    others = ", ".join(f"{count} {status}" for status, count in counts if count)
+    lines = [report.summary + (f"; {others}" if others else "")]
+    lines.append(
+        f"parameters {count(report.parameters_before)} → {count(report.parameters_after)}, "
+        f"MACs {amount(report.macs_before, '')} → {amount(report.macs_after, '')}"
+    )
+    lines.append(_comparison(report.end_to_end, report.dtype))
+    lines.append("timm checkpoint: yes" if report.timm_loadable else f"timm checkpoint: no, {report.timm_reason}")
+    if not report.verified:
+        lines.append("NOT VERIFIED: a check in fp64 failed")
+    return tuple(lines)
+
+
+def _comparison(found: EndToEnd, dtype: str) -> str:
+    kind = "random images" if found.random_images else "images"
+    return (
+        f"end to end on {found.images} {kind}: logits differ by {found.max_abs_error_fp64:.1e} in float64 and "
+        f"{found.max_abs_error:.1e} in {dtype}, where the adapters change them by {found.logit_effect:.1e}; "
+        f"{percent(found.agreement, 1)} of predictions agree"
+    )
+
+
+def _table(report: MergeReport) -> Any:
+    title = escape(f"{report.base} with {report.scheme}")
+    table = new_table("site", "scheme", "status", "error fp64>", "error fp32>", "effect>", "reason", title=title)
+    for row in report.sites:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _cells(row: SiteMerge) -> tuple[str, ...]:
+    figures = (_figure(value) for value in (row.error_fp64, row.error_fp32, row.effect))
+    status = f"[{_COLOURS[row.status]}]{row.status}[/]"
+    return (escape(row.site), escape(row.scheme), status, *figures, escape(row.reason or row.note))
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}"
