@@ -158,7 +158,11 @@ def _publish(temporary: Path, target: Path, *, overwrite: bool) -> None:
             raise
         # no hard links here (FAT, some network folders): take the name with an empty file, then replace that one
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        temporary.replace(target)
+        try:
+            temporary.replace(target)
+        except OSError:
+            target.unlink()
+            raise
 
 
 def _sync_folder(folder: Path) -> None:

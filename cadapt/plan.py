@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar, cast
+from pathlib import PurePath
+from typing import Any, Literal, TypeVar
 
 from cadapt.errors import RefusedError
+from cadapt.kinds import check_kinds
 from cadapt.site import Site
 
 PLAN_VERSION = 1
@@ -102,10 +104,10 @@ class Plan:
                 hint="upgrade cadapt: pip install -U cadapt",
             )
         values = _known(cls, record)
-        values["base"] = _read(Base, record.get("base"))
+        values["base"] = _read_base(record.get("base"))
         values["head"] = None if record.get("head") is None else _read(Head, record["head"])
         values["insertions"] = tuple(_read_insertion(item) for item in _list(record, "insertions"))
-        values["trainable"] = tuple(str(name) for name in _list(record, "trainable"))
+        values["trainable"] = tuple(_list(record, "trainable"))
         return _construct(cls, values)
 
 
@@ -118,6 +120,7 @@ def _known(cls: type, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _construct(cls: type[Value], values: Mapping[str, Any]) -> Value:
+    check_kinds(cls, values)
     try:
         return cls(**values)
     except TypeError as error:
@@ -130,11 +133,19 @@ def _read(cls: type[Value], record: object) -> Value:
     return _construct(cls, _known(cls, record))
 
 
+def _read_base(record: object) -> Base:
+    base = _read(Base, record)
+    if base.checkpoint is not None and base.checkpoint != PurePath(base.checkpoint).name:
+        # it is joined to a folder later, and must not lead out of it
+        raise RefusedError(f"damaged plan: checkpoint {base.checkpoint!r:.60} is a path, expected a file name")
+    return base
+
+
 def _list(record: Mapping[str, Any], key: str) -> list[Any]:
     value = record.get(key, [])
     if not isinstance(value, list | tuple):
         raise RefusedError(f"damaged plan: {key} is {value!r:.60}, expected a list")
-    return cast("list[Any]", list(value))
+    return list(value)
 
 
 def _read_insertion(record: object) -> Insertion:

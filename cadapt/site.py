@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 from cadapt.errors import RefusedError
+from cadapt.kinds import check_kinds
 
 SiteKind = Literal["block", "conv", "downsample", "stage", "attention", "mlp", "linear", "input", "head"]
 Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
@@ -82,4 +83,5 @@ class Site:
             shape = values.get(key)
             if not isinstance(shape, tuple) or not all(isinstance(size, int) and size > 0 for size in shape):
                 raise RefusedError(f"damaged plan: {key} of site '{values['path']}' is {shape!r}, expected sizes")
+        check_kinds(cls, values)
         return cls(**cast("dict[str, Any]", values))

@@ -77,6 +77,17 @@ def test_a_file_that_appears_in_between_is_not_lost(tmp_path, monkeypatch, hard_
     assert (tmp_path / "other").read_bytes() == b"new"
 
 
+def test_a_failed_rename_without_hard_links_leaves_no_empty_file(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(files.os, "link", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(CadaptError, match="not supported"):
+        write_atomically(tmp_path / "out", b"new", overwrite=False)
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     def write(handle):

@@ -47,7 +47,7 @@ BASES = st.builds(
     source=st.sampled_from(["pretrained", "checkpoint", "random", "given"]),
     parameters=st.integers(min_value=0),
     sha256=NAMES,
-    checkpoint=st.none() | NAMES,
+    checkpoint=st.none() | st.just("resnet.pth") | NAMES.filter(lambda name: "/" not in name and name != "."),
     seed=st.none() | st.integers(),
     settings=SETTINGS,
 )
@@ -167,3 +167,41 @@ def test_a_site_is_named_by_path_and_call():
     assert (site.name, site.in_channels, site.out_channels) == ("neck.conv@1", 8, 16)
     tokens = Site(path="blocks.0", kind="block", in_shape=(49, 8), out_shape=(49, 16), layout="NLC")
     assert (tokens.name, tokens.in_channels, tokens.out_channels) == ("blocks.0", 8, 16)
+
+
+FORGED = [
+    ("site", {"stride": "ab"}, "stride of a Site"),
+    ("site", {"padding": "valid"}, "padding of a Site"),
+    ("site", {"groups": True}, "groups of a Site"),
+    ("site", {"grid": [1, 2, 3]}, "grid of a Site"),
+    ("site", {"layout": "CHWN"}, "layout of a Site"),
+    ("site", {"layout": []}, "layout of a Site"),
+    ("base", {"name": 3}, "name of a Base"),
+    ("base", {"source": "hub"}, "source of a Base"),
+    ("base", {"settings": []}, "settings of a Base"),
+    ("base", {"checkpoint": "../secret.pth"}, "is a path"),
+    ("base", {"checkpoint": "/etc/secret.pth"}, "is a path"),
+    ("head", {"num_classes": "10"}, "num_classes of a Head"),
+    ("head", {"dropout": "0.1"}, "dropout of a Head"),
+    ("plan", {"scheme": None}, "scheme of a Plan"),
+    ("plan", {"bn_policy": "thaw"}, "bn_policy of a Plan"),
+    ("plan", {"trainable": [1]}, "trainable of a Plan"),
+    ("plan", {"seed": 1.5}, "seed of a Plan"),
+]
+
+
+@pytest.mark.parametrize(("part", "change", "said"), FORGED)
+def test_a_forged_value_is_refused_by_its_field(part, change, said):
+    site = Site(path="a", kind="block", in_shape=(8, 4, 4), out_shape=(8, 4, 4), grid=(4, 4), padding="same")
+    plan = Plan(
+        base=Base(name="resnet", source="random", parameters=1, sha256="0"),
+        scheme="res-seq",
+        insertions=(Insertion(site=site, scheme="res-seq", form="sequential"),),
+        head=Head(path="fc", num_classes=2, dropout=1),
+    )
+    record = json.loads(json.dumps(plan.to_json()))
+    assert Plan.from_json(record) == plan
+    parts = {"plan": record, "base": record["base"], "head": record["head"], "site": record["insertions"][0]["site"]}
+    parts[part].update(change)
+    with pytest.raises(RefusedError, match=said):
+        Plan.from_json(record)
