@@ -34,7 +34,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise RefusedError(f"'{path}' cannot be read: {str(error).splitlines()[0]:.120}") from error
     version = state.get("version") if isinstance(state, dict) else None
     if version != STATE_VERSION:
