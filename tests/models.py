@@ -154,7 +154,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         leaf = name.rpartition(".")[2]
         if leaf in ("bias", "running_mean"):
             uniform(tensor, -0.2, 0.2)
-        elif leaf in ("running_var", "gamma", "skipinit_gain") or (leaf == "weight" and tensor.ndim == 1):
+        elif leaf in ("running_var", "gamma", "gain", "skipinit_gain") or (leaf == "weight" and tensor.ndim == 1):
             uniform(tensor, 0.5, 1.5)
     return model
 
