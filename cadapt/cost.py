@@ -2,6 +2,12 @@
 
 Everything is counted on a twin without data (:mod:`cadapt.meta`), so that any model is counted in about a second and
 none is touched. ``cadapt cost`` and the comparison of schemes are built on it.
+
+Convention ``macs`` counts the multiply–accumulates of convolutions, linear layers, matrix products and attention, and
+nothing else. ``paper`` is the counter of the Conv-Adapter paper (arXiv 2208.07463, table 10), which adds one for each
+output of a convolution with a bias and of a ReLU (PReLU, ReLU6, ELU and leaky ReLU too), and two for each output of a
+batch or group norm; it adds nothing for linear biases, GELU, SiLU, layer norms, scales and sums. It gives 4.12 G for
+ResNet-50 BiT and 15.36 G for ConvNeXt-B at 224 px.
 """
 
 from __future__ import annotations
@@ -62,11 +68,7 @@ def cost(
 ) -> Cost:
     """Count what a model costs, on a twin without data; the model itself is not run, moved or changed.
 
-    Convention ``macs`` counts the multiply–accumulates of convolutions, linear layers, matrix products and attention,
-    and nothing else. ``paper`` is the counter of the Conv-Adapter paper (arXiv 2208.07463, table 10), which adds one
-    for each output of a convolution with a bias and of a ReLU (PReLU, ReLU6, ELU and leaky ReLU too), and two for each
-    output of a batch or group norm; it adds nothing for linear biases, GELU, SiLU, layer norms, scales and sums. It
-    gives 4.12 G for ResNet-50 BiT and 15.36 G for ConvNeXt-B at 224 px.
+    ``convention`` is ``macs`` or ``paper``; the module's text says what each counts.
 
     What activation checkpointing keeps, and what a custom autograd function keeps without ``save_for_backward``,
     is not seen.
@@ -87,12 +89,14 @@ def cost(
     """
     size = _checked(input_size, batch, convention)
     twin = meta_copy(model)
+    kept = _activation_bytes(twin.train(), (batch, *size)) if training else 0
     parameters = list(model.parameters())
     return Cost(
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable_parameters=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        macs=_macs(twin.eval(), size, convention),
-        activation_bytes=_activation_bytes(twin.train(), (batch, *size)) if training else 0,
+        # torch's counter fails on a module that is fed a view of a parameter that wants a gradient
+        macs=_macs(twin.eval().requires_grad_(False), size, convention),
+        activation_bytes=kept,
         input_size=size,
         batch=batch,
         training=training,

@@ -193,6 +193,19 @@ def test_model_and_random_numbers_are_untouched() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
+def test_view_of_a_parameter_as_input_of_a_module() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.linear = nn.Parameter(torch.zeros(1, 4)), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.linear(self.token.expand(x.shape[0], -1))
+            return result
+
+    assert cost(Token(), (3, 8, 8)).macs == 8
+
+
 def test_json() -> None:
     record = cost(nn.Conv2d(3, 8, 3), [3, 8, 8], batch=2).to_json()
     assert json.loads(json.dumps(record)) == record
