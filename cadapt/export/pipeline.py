@@ -23,7 +23,7 @@ from cadapt.export.prepare import Prepared, prepare
 from cadapt.export.read import describe_model
 from cadapt.export.report import Dtype, ExportReport
 from cadapt.export.tidy import tidy
-from cadapt.export.verify import TOLERANCES, Verdict, check_validity, verify
+from cadapt.export.verify import Verdict, check_validity, verify
 from cadapt.files import write_atomically
 from cadapt.preprocessing import Preprocessing
 
@@ -58,8 +58,24 @@ def _merge_metadata(own: dict[str, str], given: Mapping[str, str]) -> dict[str, 
     return own | dict(given)
 
 
-def _report(model: Any, data: bytes, prepared: Prepared, verdict: Verdict, rewrites: dict[str, int]) -> ExportReport:
-    header = describe_model(model)
+def _polish(proto: Any, name: str, metadata: Mapping[str, str]) -> dict[str, int]:
+    """Apply the rules on the ONNX graph, tidy it, and return the rules applied with the number of places."""
+    pads = pad_before_pool.name_pad_axes(proto)
+    tidy(proto, name=name, version=__version__, metadata=metadata)
+    check_validity(proto)
+    return {pad_before_pool.RULE: pads} if pads else {}
+
+
+def _report(
+    proto: Any,
+    data: bytes,
+    prepared: Prepared,
+    verdict: Verdict,
+    rewrites: dict[str, int],
+    dtype: Dtype,
+    seconds: float,
+) -> ExportReport:
+    header = describe_model(proto)
     return ExportReport(
         path=None,
         bytes=len(data),
@@ -68,10 +84,10 @@ def _report(model: Any, data: bytes, prepared: Prepared, verdict: Verdict, rewri
         inputs=header.inputs,
         outputs=header.outputs,
         checks=verdict.checks,
-        tolerance=0.0,
-        dtype="fp32",
-        seconds=0.0,
-        rewrites=rewrites,
+        tolerance=verdict.tolerance,
+        dtype=dtype,
+        seconds=seconds,
+        rewrites=prepared.rewrites | rewrites,
         skipped=prepared.skipped,
         torch_error=verdict.torch_error,
     )
@@ -96,33 +112,27 @@ def onnx_bytes(
         model: maps ``[batch, channels, height, width]`` to ``[batch, classes]``; left as it is.
         preprocessing: its input size, and the means and deviations it expects.
         classes: class names in the order of its outputs.
-        name: the graph's name.
-        metadata: further text by key, such as ``base`` and ``scheme``.
+        name, metadata: the graph's name, and further text by key, such as ``base`` and ``scheme``.
         normalize: the file takes RGB in [0, 1] and normalises it itself.
         softmax: the file gives probabilities instead of logits.
         opset: ONNX operator set; None for the default.
-        dtype: what the file computes in; its input and output are float32 either way.
+        dtype: what the file computes in; input and output are float32 either way.
         tolerance: on the error relative to the spread of outputs; None for 1e-4 in fp32, 2e-2 in fp16.
 
     Raises:
-        CadaptError: a package is missing, the model cannot be converted, or the file does not agree with torch.
-        UsageError: ``metadata`` holds a key that the export sets.
+        CadaptError: a package is missing, the model cannot be converted, the file does not agree with torch; a
+            UsageError for an unknown opset or a metadata key that the export sets itself.
     """
-    require_packages(WRITING, "export to ONNX")
     started = time.monotonic()
+    require_packages(WRITING, "export to ONNX")
     own = _own_metadata(preprocessing, classes, name=name, normalize=normalize, softmax=softmax)
     texts = _merge_metadata(own, metadata or {})
     prepared = prepare(model, preprocessing, classes=len(classes), normalize=normalize, softmax=softmax, dtype=dtype)
     proto = convert(prepared.model, preprocessing.input_size, output_name=_output_name(softmax), opset=opset)
-    pads = pad_before_pool.name_pad_axes(proto)
-    tidy(proto, name=name, version=__version__, metadata=texts)
-    check_validity(proto)
+    rewrites = _polish(proto, name, texts)
     data: bytes = proto.SerializeToString()
-    limit = TOLERANCES[dtype] if tolerance is None else tolerance
-    verdict = verify(data, prepared.reference, preprocessing, dtype=dtype, tolerance=limit)
-    rewrites = prepared.rewrites | ({pad_before_pool.RULE: pads} if pads else {})
-    report = _report(proto, data, prepared, verdict, rewrites)
-    return data, replace(report, tolerance=limit, dtype=dtype, seconds=time.monotonic() - started)
+    verdict = verify(data, prepared.reference, preprocessing, dtype=dtype, tolerance=tolerance)
+    return data, _report(proto, data, prepared, verdict, rewrites, dtype, time.monotonic() - started)
 
 
 def export_onnx(
@@ -140,18 +150,14 @@ def export_onnx(
     tolerance: float | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Export a model to a verified ONNX file, written atomically; arguments as in :func:`onnx_bytes`.
+    """Export a model to a verified ONNX file, written atomically; see :func:`onnx_bytes` for the other arguments.
 
-    Args:
-        path: the file; None to verify the export and write nothing.
-        overwrite: replace a file that is there.
+    ``path`` None verifies the export and writes nothing; ``overwrite`` replaces a file that is there.
 
     Raises:
-        CadaptError: as :func:`onnx_bytes`; or the file cannot be written.
-        UsageError: as there; or the file exists and ``overwrite`` is false.
+        CadaptError: as there; or the file exists (a UsageError) or cannot be written.
     """
     if path is not None and Path(path).is_file() and not overwrite:
-        # said before a minute of work, and checked again by the write itself
         raise UsageError(f"'{path}' exists", hint="replace it with --force, or name another output")
     data, report = onnx_bytes(
         model,

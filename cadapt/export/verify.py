@@ -34,6 +34,7 @@ class Verdict:
     """The comparisons made, and torch's own fp32 error relative to fp64, if it was needed to judge them."""
 
     checks: tuple[Check, ...]
+    tolerance: float
     torch_error: float | None = None
 
 
@@ -163,7 +164,7 @@ def _refusal(failed: tuple[Check, ...], tolerance: float, torch_error: float | N
 
 
 def verify(
-    data: bytes, reference: Deployable, preprocessing: Preprocessing, *, dtype: Dtype, tolerance: float
+    data: bytes, reference: Deployable, preprocessing: Preprocessing, *, dtype: Dtype, tolerance: float | None
 ) -> Verdict:
     """Compare a serialised model with the torch model at all batch sizes and both optimisation settings.
 
@@ -174,11 +175,12 @@ def verify(
         reference: what it must agree with, in fp32.
         preprocessing: input size, and what to normalise images with.
         dtype: what the file computes in.
-        tolerance: on the largest error divided by the spread of outputs over images.
+        tolerance: on the largest error divided by the spread of outputs over images; None for that of the dtype.
 
     Raises:
         CadaptError: the file is invalid, does not run, or does not agree; with the figures.
     """
+    limit = TOLERANCES[dtype] if tolerance is None else tolerance
     expected = _expect(reference, preprocessing)
     outputs = {setting: _run(open_session(data, setting), expected) for setting in _OPTIMISATIONS}
     checks = tuple(
@@ -186,19 +188,19 @@ def verify(
         for setting in _OPTIMISATIONS
         for n in BATCHES
     )
-    failed = _failed(checks, tolerance)
+    failed = _failed(checks, limit)
     if not failed:
-        return Verdict(checks=checks)
+        return Verdict(checks=checks, tolerance=limit)
     if dtype != "fp32":
-        raise _refusal(failed, tolerance, None)
+        raise _refusal(failed, limit, None)
     exact = _exact_outputs(reference, expected, preprocessing)
     torch_error = _largest_error(expected.outputs, exact)
     allowed = _ROUNDING_ALLOWANCE * max(torch_error, torch.finfo(torch.float32).eps * expected.largest)
     off = {setting for setting in outputs if not _largest_error(outputs[setting], exact) <= allowed}
     failed = tuple(check for check in failed if check.optimisation in off)
     if failed:
-        raise _refusal(failed, tolerance, torch_error / expected.scale)
-    return Verdict(checks=checks, torch_error=torch_error / expected.scale)
+        raise _refusal(failed, limit, torch_error / expected.scale)
+    return Verdict(checks=checks, tolerance=limit, torch_error=torch_error / expected.scale)
 
 
 def check_validity(model: Any) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cadapt.errors import CadaptError
+from cadapt.errors import CadaptError, UsageError
 from cadapt.export.convert import convert
 
 
@@ -37,3 +37,9 @@ def test_batch_stays_free_and_nothing_is_printed(capfd):
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert proto.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("opset", [0, 17, 99])
+def test_unknown_opset(opset):
+    with pytest.raises(UsageError, match=f"unknown opset {opset}, expected 18 to "):
+        convert(nn.Flatten(), (3, 8, 8), output_name="logits", opset=opset)
