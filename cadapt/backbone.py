@@ -139,9 +139,11 @@ def classifier_path(model: nn.Module) -> str | None:
     if isinstance(classifier, nn.Module):
         for path, module in model.named_modules():
             if module is classifier:
-                return path
+                return str(path)
     recorded = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
-    return recorded if isinstance(recorded, str) and _has_module(model, recorded) else None
+    if isinstance(recorded, str) and _has_module(model, recorded):
+        return str(recorded)
+    return None
 
 
 def backbone_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -281,11 +283,15 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     if wrong or missing or extra:
-        detail = [f"{kind} {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}"
-                  for kind, keys in (("wrong shape:", wrong), ("missing", missing), ("unexpected", extra)) if keys]  # fmt: skip
+        kinds = (("wrong shape:", wrong), ("missing", missing), ("unexpected", extra))
+        detail = [f"{kind} {_first_of(keys)}" for kind, keys in kinds if keys]
         raise CadaptError(f"{path} does not fit {name}: {'; '.join(detail)}")
     model.load_state_dict(state, strict=False)
     return model
+
+
+def _first_of(keys: list[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
 
 
 def _classes_in(state: Mapping[str, torch.Tensor], head: str | None) -> int | None:

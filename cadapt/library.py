@@ -13,7 +13,7 @@ from torch import nn
 from cadapt.adapted import AdaptedModel
 from cadapt.backbone import Backbone, check_identity, describe_model, reload_backbone
 from cadapt.bundle import Bundle, load_bundle, save_bundle
-from cadapt.errors import CadaptError, RefusedError
+from cadapt.errors import RefusedError
 from cadapt.surgery import operate, plan_insertions, survey, with_head
 
 
@@ -113,22 +113,29 @@ def to_bundle(model: AdaptedModel) -> Bundle:
     )
 
 
-def from_bundle(bundle: Bundle, backbone: Backbone) -> AdaptedModel:
+def from_bundle(bundle: Bundle, backbone: Backbone, *, fresh: str | None = None) -> AdaptedModel:
     """Operate on a base by a bundle's plan and give it the bundle's tensors.
+
+    Args:
+        bundle: the adapter file's content.
+        backbone: the base it was made for.
+        fresh: a prefix of tensors that keep their initial values: the bundle does not have them.
 
     Raises:
         RefusedError: the tensors are not those the plan calls for.
     """
     model = operate(backbone, bundle.plan)
-    _fill(model, bundle.tensors)
+    expected = {
+        name: tensor for name, tensor in model.trained_tensors().items() if fresh is None or not name.startswith(fresh)
+    }
+    _fill(expected, bundle.tensors)
     model.classes = bundle.classes
     model.training_record = dict(bundle.training)
     return model.eval()
 
 
 @torch.no_grad()
-def _fill(model: AdaptedModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    expected = model.trained_tensors()
+def _fill(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         problem = f"lacks '{missing[0]}'" if missing else f"has '{extra[0]}', which its plan does not call for"
@@ -138,16 +145,3 @@ def _fill(model: AdaptedModel, tensors: Mapping[str, torch.Tensor]) -> None:
             found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
             raise RefusedError(f"damaged adapter: '{name}' has shape {found}, expected {wanted}")
         expected[name].copy_(tensor)
-
-
-def set_task(model: AdaptedModel, classes: Sequence[str], record: Mapping[str, Any]) -> None:
-    """Note what the head's outputs mean, and how they were trained.
-
-    Raises:
-        CadaptError: the head has another number of classes.
-    """
-    head = model.plan.head
-    if head is not None and head.num_classes != len(classes):
-        raise CadaptError(f"the head has {head.num_classes} classes, {len(classes)} names were given")
-    model.classes = tuple(classes)
-    model.training_record = dict(record)

@@ -169,7 +169,9 @@ def with_head(plan: Plan, backbone: Backbone, num_classes: int | None, **setting
     if path is None:
         raise CadaptError(f"{backbone.base.name} has no single classifier to put a head in place of")
     if num_classes is not None:
-        return replace(plan, head=Head(path=path, num_classes=num_classes, init="new", seed=plan.seed, **settings))
+        return replace(
+            plan, head=Head(path=path, num_classes=num_classes, init="new", **{"seed": plan.seed, **settings})
+        )
     classifier = backbone.model.get_submodule(path)
     weight = getattr(classifier, "weight", None)
     if weight is None:

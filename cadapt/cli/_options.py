@@ -21,7 +21,7 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option("--checkpoint", metavar="FILE", help="The base's weights: .safetensors, .pth or .bin."),
 ]
-Device = Annotated[str, typer.Option("--device", help="cuda, cuda:1, mps or cpu; auto takes the best there is.")]
-Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16 or fp16.")]
+Device = Annotated[str | None, typer.Option("--device", help="cuda, cuda:1, mps or cpu [the best there is].")]
+Precision = Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16 [bf16 on a GPU that has it].")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes that read pictures.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Drop unreadable pictures, counted, in place of stopping.")]

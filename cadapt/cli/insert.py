@@ -47,8 +47,9 @@ def command(
     target = output or str(DEFAULT_ADAPTER)
     if not dry_run:
         check_output(target, force=force)
-    settings = {"gamma": gamma, "kernel": kernel, "conv_type": conv_type, "alpha": alpha, "init": init}
-    settings = {name: value for name, value in settings.items() if value is not None} | _read_settings(extra or [])
+    common = {"gamma": gamma, "kernel": kernel, "conv_type": conv_type, "alpha": alpha, "init": init}
+    settings: dict[str, Any] = {name: value for name, value in common.items() if value is not None}
+    settings |= _read_settings(extra or [])
     from cadapt.backbone import load_backbone
     from cadapt.bundle import bundle_bytes, load_bundle
     from cadapt.library import from_bundle, to_bundle

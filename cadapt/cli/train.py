@@ -1,0 +1,164 @@
+"""``cadapt train``: train an adapter on image files, in place, resumable, with its run on record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cadapt.cli._options import Adapter, AsJson, Checkpoint, Device, Force, Output, Precision, Quiet, SkipBad, Workers
+from cadapt.cli._streams import (
+    DEFAULT_ADAPTER,
+    check_output,
+    deliver,
+    find_adapter,
+    print_json,
+    print_path,
+)
+from cadapt.errors import UsageError
+
+if TYPE_CHECKING:
+    from cadapt.jobs import TrainJob
+
+EXAMPLE = "cadapt train ./imgs --epochs 30 --augment light; cadapt train --resume runs/adapter-20261121-101500"
+_TASK = ("val", "val_split", "shots", "augment", "skip_bad", "head_norm", "head_dropout", "new_head")
+# the engine's name of each setting that is an option here
+_SAME_NAME = (
+    *("epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "label_smoothing", "mixup", "cutmix", "ema"),
+    *("accumulate", "clip_grad", "keep", "seed", "device", "precision"),
+)
+_RECIPE = {**{name: name for name in _SAME_NAME}, "compiled": "compile", "save_every": "save_every_seconds"}
+
+
+def command(
+    context: typer.Context,
+    data: Annotated[
+        str | None,
+        typer.Argument(help="A folder of class folders, or with train/ and val/ in it; or wds/, hfds/, torch/ NAME."),
+    ] = None,
+    model: Adapter = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the pictures [100].")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Pictures a step [64].")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate of AdamW [0.001].")] = None,
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="AdamW's [0.0001].")] = None,
+    warmup_epochs: Annotated[int | None, typer.Option("--warmup-epochs", help="Linear warm-up [10].")] = None,
+    val: Annotated[str | None, typer.Option("--val", help="Validate on this source instead.")] = None,
+    val_split: Annotated[float | None, typer.Option("--val-split", help="Share held out, by class [0.1].")] = None,
+    shots: Annotated[int | None, typer.Option("--shots", help="Train on so many pictures a class.")] = None,
+    augment: Annotated[
+        str | None, typer.Option("--augment", help="none, light, structured, standard or strong [light].")
+    ] = None,
+    label_smoothing: Annotated[float | None, typer.Option("--label-smoothing", help="From 0 to 1 [0].")] = None,
+    mixup: Annotated[float | None, typer.Option("--mixup", help="Alpha of mixup [0].")] = None,
+    cutmix: Annotated[float | None, typer.Option("--cutmix", help="Alpha of cutmix [0].")] = None,
+    ema: Annotated[float | None, typer.Option("--ema", help="Decay of a moving average of what trains.")] = None,
+    head_norm: Annotated[bool | None, typer.Option("--head-norm", help="A fresh norm before the head.")] = None,
+    head_dropout: Annotated[float | None, typer.Option("--head-dropout", help="Before the head [0.2].")] = None,
+    new_head: Annotated[bool | None, typer.Option("--new-head", help="Start the head anew, for other classes.")] = None,
+    accumulate: Annotated[int | None, typer.Option("--accumulate", help="Batches a step [1].")] = None,
+    clip_grad: Annotated[float | None, typer.Option("--clip-grad", help="Largest gradient norm.")] = None,
+    keep: Annotated[str | None, typer.Option("--keep", help="best or last weights [best].")] = None,
+    compiled: Annotated[bool | None, typer.Option("--compile", help="Run through torch.compile.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the whole run [0].")] = None,
+    save_every: Annotated[float | None, typer.Option("--save-every", help="Seconds between saves [60].")] = None,
+    run_folder: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="Where metrics and weights go [runs/NAME-TIME].")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with the run in this folder.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    output: Output = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an adapter on image files and write it in place.
+
+    Interrupted, it saves first; --resume goes on, to the same result bit for bit on a CPU.
+    """
+    given = {name: value for name, value in context.params.items() if value not in (None, False)}
+    asked = {name: given[name] for name in _TASK if name in given}
+    recipe = {field: given[name] for name, field in _RECIPE.items() if name in given}
+    from cadapt.jobs import TrainJob
+
+    if resume is not None:
+        job = TrainJob.read(resume)
+        _refuse_changes(job, data, asked, recipe)
+        job = job.with_machine(device=device, checkpoint=checkpoint)
+    else:
+        job = _new_job(data, model, asked, recipe, output, force=force, checkpoint=checkpoint, run_folder=run_folder)
+    _run(job, workers, as_json=as_json, quiet=quiet)
+
+
+def _new_job(
+    data: str | None,
+    model: str | None,
+    asked: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    output: str | None,
+    *,
+    force: bool,
+    checkpoint: Path | None,
+    run_folder: Path | None,
+) -> TrainJob:
+    from cadapt.jobs import TaskOptions, TrainJob
+    from cadapt.train import TrainConfig
+
+    if data is None:
+        raise UsageError("train needs DATA, a folder of pictures", hint="cadapt train ./imgs")
+    options, config = TaskOptions(data=data, **asked), TrainConfig(**recipe)
+    source = find_adapter(model)
+    target = output or str(source.path or DEFAULT_ADAPTER)
+    own = source.path if output is None else None
+    check_output(target, force=force, but=own)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return TrainJob.begin(
+        source.content,
+        options,
+        config,
+        folder=run_folder or Path("runs") / f"{source.stem}-{stamp}",
+        output=target,
+        overwrite=force or own is not None,
+        checkpoint=checkpoint,
+        near=source.folder,
+        force=force,
+    )
+
+
+def _refuse_changes(job: TrainJob, data: str | None, asked: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """A resumed run is the run that was begun: what would change it is refused, what repeats it is fine."""
+    begun = {**job.options.to_json(), **job.config.to_json()}
+    wanted = {**asked, **recipe, **({} if data is None else {"data": data})}
+    for name, value in wanted.items():
+        if name != "device" and begun[name] != value:
+            raise UsageError(
+                f"the run began with {name.replace('_', '-')} {begun[name]!r}, not {value!r}",
+                hint="leave it out, or begin a new run without --resume",
+            )
+
+
+def _run(job: TrainJob, workers: int | None, *, as_json: bool, quiet: bool) -> None:
+    from cadapt.bundle import bundle_bytes
+    from cadapt.report.progress import show_checking, show_training
+    from cadapt.report.train import show_trained
+
+    with show_checking(quiet=quiet) as on_progress, show_training(quiet=quiet) as on_event:
+        trained = job.train(workers=workers, on_event=on_event, on_progress=on_progress)
+    content = bundle_bytes(trained.bundle)
+    deliver(content, job.output, overwrite=job.overwrite)
+    if not quiet:
+        show_trained(trained, job.output, len(content), job.folder)
+    if as_json and job.output != "-":
+        record = {"schema": 1, "output": job.output, "bytes": len(content), "run": str(job.folder)}
+        print_json(
+            {**record, "classes": list(trained.bundle.classes), **trained.result.to_json(), "data": trained.data}
+        )
+    print_path(job.output, as_json=as_json)

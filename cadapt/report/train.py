@@ -1,0 +1,30 @@
+"""What ``cadapt train`` shows when a run is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from cadapt.report.console import amount, count, percent, stderr_console
+
+if TYPE_CHECKING:
+    from cadapt.jobs import Trained
+
+
+def show_trained(trained: Trained, output: str, size: int, folder: Path) -> None:
+    """Show the figures of a finished run, and where its results are."""
+    result, console = trained.result, stderr_console()
+    best = {**result.best}
+    top1 = best.get("val_top1", best.get("top1"))
+    figure = "" if top1 is None else f", {'validation' if 'val_top1' in best else 'training'} top-1 {percent(top1)}"
+    console.print(
+        f"[bold]trained {result.epochs} epochs[/] in {result.seconds:.0f} s on {result.device} ({result.precision}, "
+        f"{result.images_per_second:.0f} pictures/s); best epoch {result.best_epoch}{figure}"
+    )
+    skipped = trained.data.get("skipped") or []
+    if skipped:
+        console.print(f"{count(len(skipped))} unreadable pictures left out", style="yellow")
+    where = "stdout" if output == "-" else output
+    console.print(f"wrote {escape(where)} ({amount(size)}); the run is in {escape(str(folder))}")
