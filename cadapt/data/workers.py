@@ -92,16 +92,17 @@ class BatchSource:
     def __init__(self, samples: Samples, workers: int, *, persistent: bool, pin_memory: bool | None) -> None:
         self._sampler = KeySampler()
         self._turn = 0
-        self._loader: DataLoader[Any] = DataLoader(
-            samples,  # type: ignore[arg-type]  # torch asks for its own class, and uses only __getitems__
-            batch_sampler=self._sampler,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_prepare_worker,
-            persistent_workers=persistent and workers > 0,
-            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-            generator=torch.Generator(),  # else each pass would draw from the process' own
-        )
+        with _without_torch_advice():
+            self._loader: DataLoader[Any] = DataLoader(
+                samples,  # type: ignore[arg-type]  # torch asks for its own class, and uses only __getitems__
+                batch_sampler=self._sampler,
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                worker_init_fn=_prepare_worker,
+                persistent_workers=persistent and workers > 0,
+                pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+                generator=torch.Generator(),  # else each pass would draw from the process' own
+            )
 
     def batches(self, keys: list[list[Key]]) -> Iterator[Batch]:
         """Yield a batch for each list of keys: ``[B, C, H, W]`` float32 and ``[B]`` int64.
@@ -114,9 +115,7 @@ class BatchSource:
         self._turn += 1
         turn = self._turn
         self._sampler.batches = keys
-        with _signals_held_back(), warnings.catch_warnings():
-            # Python 3.12 warns of every fork beside threads; torch's workers are made for that.
-            warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        with _signals_held_back(), _without_torch_advice():
             batches = iter(self._loader)
         for _ in keys:
             if turn != self._turn:
@@ -137,6 +136,16 @@ def _next_batch(batches: Iterator[Any]) -> Any:
             f"a loading worker died: {str(error).splitlines()[0]}",
             hint="it may have been out of memory, or of shared memory: try fewer --workers, or --workers 0",
         ) from error
+
+
+@contextmanager
+def _without_torch_advice() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # The user's number of workers stands, on however few cores.
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        # Python 3.12 warns of every fork beside threads; torch's workers are made for that.
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        yield
 
 
 def _as_it_is(batch: Any) -> Any:
