@@ -215,12 +215,14 @@ def test_a_killed_write_leaves_the_old_file_and_the_next_write_cleans_up(tmp_pat
     target = tmp_path / "out"
     target.write_bytes(b"old")
     process = subprocess.Popen([sys.executable, "-c", KILLED, target], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"writing\n"
-    # a live writer's file is left alone
-    write_atomically(tmp_path / "other", b"", overwrite=True)
-    assert len(names(tmp_path)) == 3
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    try:
+        assert process.stdout.readline() == b"writing\n"
+        # a live writer's file is left alone
+        write_atomically(tmp_path / "other", b"", overwrite=True)
+        assert len(names(tmp_path)) == 3
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
     assert target.read_bytes() == b"old"
     assert len(names(tmp_path)) == 3
     write_atomically(target, b"new", overwrite=True)
