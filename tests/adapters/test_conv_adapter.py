@@ -51,7 +51,9 @@ def build(site: Site, form: Form = "parallel", **settings: object) -> ConvAdapte
     scheme = get_scheme("conv-par")
     config = scheme.configure(settings)
     assert scheme.fits(site, form, config) is None
-    adapter = scheme.build(site, form, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapter = scheme.build(site, form, config)
     enliven(adapter, scale=0.3)
     assert isinstance(adapter, ConvAdapter)
     return adapter
@@ -97,7 +99,7 @@ def reference(
     hidden = ACTIVATIONS[site.activation](torch.stack(rows, dim=1))
     mixed = torch.einsum("ow,bwhk->bohk", tensors["pointwise.weight"][:, :, 0, 0], hidden)
     mixed = mixed + tensors["pointwise.bias"][:, None, None]
-    delta = mixed * (tensors["alpha"] if alpha is None else alpha)
+    delta = mixed * tensors["alpha"]
     return delta.movedim(1, -1) if site.layout == "NHWC" else delta
 
 
@@ -143,12 +145,14 @@ def test_it_computes_the_formula(
     x_wide = x.detach().double().requires_grad_()
     expected = reference(x_wide, site, form, wide, kernel=kernel)
     expected_gradients = torch.autograd.grad((expected * cotangent.double()).sum(), (x_wide, *wide.values()))
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
     for what, ours, theirs in zip(
         ("output", "x", *names), (got, *gradients), (expected, *expected_gradients), strict=True
     ):
         error = (ours.double() - theirs).abs().max() / theirs.abs().max()
-        assert error <= tolerance, f"{what}: relative error {float(error):.2e}"
+        # gradients of parameters are sums over all positions, whose terms cancel
+        allowed = tolerance if what in ("output", "x") else 5 * tolerance
+        assert error <= allowed, f"{what}: relative error {float(error):.2e}"
 
 
 def test_same_padding_follows_tensorflow() -> None:
