@@ -20,8 +20,8 @@ from PIL import Image
 
 def resize_shorter_side(picture: Image.Image, side: int, interpolation: str) -> Image.Image:
     """Return the picture scaled so that its shorter side is ``side`` pixels."""
-    scale = side / min(picture.size)
-    size = (max(side, round(picture.width * scale)), max(side, round(picture.height * scale)))
+    shorter = min(picture.size)
+    size = (side * picture.width // shorter, side * picture.height // shorter)
     return picture.resize(size, Image.Resampling[interpolation.upper()])
 
 
