@@ -7,7 +7,8 @@ run of a hundred epochs leaves a log that can be read.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, TextIO
 
@@ -20,46 +21,35 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class TrainProgress:
-    """A context manager to call with each event of ``cadapt.train.fit``.
+@contextmanager
+def show_training(
+    *, quiet: bool = False, stream: TextIO | None = None, clock: Callable[[], float] = monotonic
+) -> Iterator[Callable[[Event], None]]:
+    """Yield a function to call with each event of ``cadapt.train.fit``.
 
     Args:
+        quiet: show nothing at all.
         stream: where to write, stderr unless told.
-        quiet: write nothing at all.
         clock: seconds that only grow.
 
-    >>> with TrainProgress(quiet=True) as show:
+    >>> with show_training(quiet=True) as show:
     ...     show(Notice(message="not shown"))
     """
+    target = sys.stderr if stream is None else stream
+    if quiet:
+        yield _show_nothing
+    elif target.isatty():
+        live = _Live(target)
+        try:
+            yield live.show
+        finally:
+            live.stop()
+    else:
+        yield _Sparse(target, clock).show
 
-    def __init__(
-        self, *, stream: TextIO | None = None, quiet: bool = False, clock: Callable[[], float] = monotonic
-    ) -> None:
-        self._stream = sys.stderr if stream is None else stream
-        self._quiet = quiet
-        self._live = None if quiet or not self._stream.isatty() else _Live(self._stream)
-        self._clock = clock
-        self._wrote_at = float("-inf")
 
-    def __enter__(self) -> TrainProgress:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def __call__(self, event: Event) -> None:
-        """Show one event."""
-        if self._quiet or isinstance(event, Saved):
-            return
-        if self._live is not None:
-            self._live.show(event)
-            return
-        if isinstance(event, StepDone) and self._clock() - self._wrote_at < SECONDS_BETWEEN_LINES:
-            return
-        if isinstance(event, StepDone | EpochDone):
-            self._wrote_at = self._clock()
-        print(line_of(event), file=self._stream, flush=True)
+def _show_nothing(_event: Event) -> None:
+    pass
 
 
 def line_of(event: Event) -> str:
@@ -115,6 +105,24 @@ def _validation(metrics: Mapping[str, float]) -> str:
     return f"  val loss {metrics['val_loss']:.4f}  val top1 {metrics['val_top1']:.1%}"
 
 
+class _Sparse:
+    """Plain lines: each epoch, and a step when nothing was written for a while."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._wrote_at = float("-inf")
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, Saved):
+            return
+        if isinstance(event, StepDone) and self._clock() - self._wrote_at < SECONDS_BETWEEN_LINES:
+            return
+        if isinstance(event, StepDone | EpochDone):
+            self._wrote_at = self._clock()
+        print(line_of(event), file=self._stream, flush=True)
+
+
 class _Live:
     """One line that is redrawn, with the finished epochs above it."""
 
@@ -134,6 +142,8 @@ class _Live:
         self._bar.start()
 
     def show(self, event: Event) -> None:
+        if isinstance(event, Saved):
+            return
         if not isinstance(event, StepDone):
             self._console.print(line_of(event), markup=False)
             return

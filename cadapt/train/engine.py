@@ -177,7 +177,13 @@ class _Loop:
         self._pace.start()
         try:
             with session.stepper.averaged():
-                found = validate(session.model, session.stepper, session.data.validation(), session.device, self._stop)
+                found = validate(
+                    session.model,
+                    session.data.validation(),
+                    classes=session.data.classes,
+                    precision=session.precision,
+                    stop=self._stop,
+                )
         except ValidationStoppedError:
             self._save_and_stop()
         self._pace.validation_done()
@@ -253,7 +259,7 @@ class _Loop:
         return InterruptedRunError(
             f"stopped by {received.name} {where}; {kept}",
             exit_code=128 + received,
-            hint=None if session.run is None else f"go on with the same command and --resume {session.run.path}",
+            hint=None if session.run is None else f"cadapt train --resume {session.run.path}",
         )
 
 

@@ -6,10 +6,13 @@ import importlib.util
 import platform
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+
+import cadapt
 from cadapt.train.folder import MetricsLog, RunFolder
 
 
@@ -49,13 +52,12 @@ class Recorder:
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes a run's numbers."""
-    found = {"python": platform.python_version()}
-    for package in ("cadapt", "torch", "timm"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that was not installed
-            found[package] = "unknown"
-    return found
+    return {
+        "python": platform.python_version(),
+        "cadapt": cadapt.__version__,
+        "torch": str(torch.__version__),
+        "timm": str(timm.__version__),
+    }
 
 
 def _open_curves(folder: Path, steps_done: int) -> Any:

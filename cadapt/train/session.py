@@ -139,7 +139,6 @@ class Session:
             "config": self.config.to_json(),
             "data": self._data_record,
             "steps_per_epoch": self.steps,
-            "precision": self.precision,
             "ledger": self.ledger.to_state(),
             "tensors": self.learnt.capture(),
             "best_tensors": self.best_tensors,

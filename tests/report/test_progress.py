@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from cadapt.report.progress import TrainProgress, duration, line_of
+from cadapt.report.progress import duration, line_of, show_training
 from cadapt.train import EpochDone, Notice, RunStarted, Saved, StepDone
 
 STARTED = RunStarted(
@@ -38,7 +38,7 @@ class Terminal(io.StringIO):
 
 def test_plain_lines_are_sparse():
     stream, now = io.StringIO(), 0.0
-    with TrainProgress(stream=stream, clock=lambda: now) as show:
+    with show_training(stream=stream, clock=lambda: now) as show:
         show(STARTED)
         for number in range(1, 51):
             now += 0.5
@@ -57,7 +57,7 @@ def test_plain_lines_are_sparse():
 def test_a_terminal_gets_a_live_line_and_the_epochs(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    with TrainProgress(stream=stream) as show:
+    with show_training(stream=stream) as show:
         show(STARTED)
         show(step(1))
         show(DONE)
@@ -68,7 +68,7 @@ def test_a_terminal_gets_a_live_line_and_the_epochs(monkeypatch):
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
 def test_quiet_writes_nothing(kind):
     stream = kind()
-    with TrainProgress(stream=stream, quiet=True) as show:
+    with show_training(stream=stream, quiet=True) as show:
         for event in (STARTED, step(1), DONE, Notice(message="x")):
             show(event)
     assert stream.getvalue() == ""

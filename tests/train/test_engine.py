@@ -243,7 +243,7 @@ def test_a_loader_that_ends_early_is_noticed():
 
 
 def test_no_validation_images_is_said():
-    with pytest.raises(CadaptError, match="no validation images"):
+    with pytest.raises(CadaptError, match="no images"):
         run(None, PLAIN, data=replace(make_data(), validation=lambda: iter(())))
 
 
