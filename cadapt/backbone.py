@@ -5,6 +5,7 @@ Every base gets an identity, the SHA-256 over its backbone's tensors, by which a
 
 from __future__ import annotations
 
+import inspect
 import logging
 import pickle
 import textwrap
@@ -61,7 +62,7 @@ def load_backbone(
         RefusedError: the checkpoint is damaged, or holds more than tensors.
     """
     check_architecture(name)
-    arguments = dict(settings or {})
+    arguments = _checked_settings(name, settings or {})
     if img_size is not None and _has_fixed_size(name):
         arguments["img_size"] = img_size
     if checkpoint is not None:
@@ -165,6 +166,16 @@ def check_architecture(name: str) -> None:
     known = timm.list_pretrained(f"{architecture}.*")
     if tag and name not in known:
         raise UsageError(f"unknown weights '{name}'", hint=close_matches(name, known))
+
+
+def _checked_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter file may bring settings of the architecture, but none that make timm read a file or fetch one."""
+    own = set(inspect.signature(timm.create_model).parameters) - {"kwargs"}
+    for key, value in settings.items():
+        plain = isinstance(value, bool | int | float | str | list | tuple) or value is None
+        if key in own or "pretrained" in key or "path" in key or not plain:
+            raise RefusedError(f"setting '{key}' of {name} is not one of its architecture")
+    return dict(settings)
 
 
 def _has_module(model: nn.Module, path: str) -> bool:

@@ -53,8 +53,8 @@ class InterruptedRunError(CadaptError):
 def close_matches(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return a "did you mean …" phrase for an unknown name, or a phrase that lists what is known.
 
-    >>> close_matches("conv-pra", ["conv-par", "conv-seq", "linear"])
-    'did you mean conv-par?'
+    >>> close_matches("resnet5", ["resnet50", "vgg16", "convnext_tiny"])
+    'did you mean resnet50?'
     """
     import difflib
 

@@ -39,6 +39,7 @@ from cadapt.surgery import with_head
 from cadapt.train import Event, FitData, RunFolder, TrainConfig, TrainResult, fit
 from cadapt.train.folder import prepare
 from cadapt.train.hardware import resolve_device, resolve_precision
+from cadapt.train.recorder import versions
 
 Progress = Callable[[int, int], None]
 _MOST_WORKERS = 8
@@ -312,7 +313,7 @@ def _record(data: Mapping[str, Any], options: TaskOptions, engine: Mapping[str, 
     """The training record: what, how, and what came of it; paths of this machine left out."""
     named = {**data, "name": Path(options.data).name}
     told = {key: value for key, value in options.to_json().items() if key not in ("data", "val", "new_head")}
-    return {"data": named, "options": told, **engine}
+    return {"data": named, "options": told, "versions": versions(), **engine}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,6 +50,19 @@ class Header:
     format_version: int
     cadapt_version: str
     file_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object with all of it."""
+        return {
+            "format_version": self.format_version,
+            "cadapt_version": self.cadapt_version,
+            "file_bytes": self.file_bytes,
+            "plan": self.plan.to_json(),
+            "classes": list(self.classes),
+            "preprocessing": self.preprocessing.to_json(),
+            "training": dict(self.training),
+            "tensors": {name: asdict(info) for name, info in self.tensors.items()},
+        }
 
 
 def read_header(source: str | Path | bytes) -> Header:

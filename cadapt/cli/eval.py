@@ -39,7 +39,7 @@ def command(
     from cadapt.bundle import load_bundle
     from cadapt.jobs import evaluate_model, trained_model
     from cadapt.report.evaluate import show_evaluated
-    from cadapt.report.progress import show_checking
+    from cadapt.report.train import show_checking
 
     adapted = trained_model(load_bundle(source.content), checkpoint=checkpoint, near=source.folder)
     with show_checking(quiet=quiet) as on_progress:

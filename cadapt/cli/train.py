@@ -147,8 +147,8 @@ def _refuse_changes(job: TrainJob, data: str | None, asked: Mapping[str, Any], r
 
 def _run(job: TrainJob, workers: int | None, *, as_json: bool, quiet: bool) -> None:
     from cadapt.bundle import bundle_bytes
-    from cadapt.report.progress import show_checking, show_training
-    from cadapt.report.train import show_trained
+    from cadapt.report.progress import show_training
+    from cadapt.report.train import show_checking, show_trained
 
     with show_checking(quiet=quiet) as on_progress, show_training(quiet=quiet) as on_event:
         trained = job.train(workers=workers, on_event=on_event, on_progress=on_progress)

@@ -1,16 +1,36 @@
-"""What ``cadapt train`` shows when a run is done."""
+"""What ``cadapt train`` shows beside its live display: the check of the pictures before, the result after."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from cadapt.report.console import amount, count, percent, stderr_console
 
 if TYPE_CHECKING:
     from cadapt.jobs import Trained
+
+
+@contextmanager
+def show_checking(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show how many pictures are decoded while they are checked; nothing where stderr is no terminal.
+
+    Yields a function that is called with the pictures done and in all.
+    """
+    console = stderr_console()
+    columns = (TextColumn("checking pictures"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, visible=done < total)
+
+        yield advance
 
 
 def show_trained(trained: Trained, output: str, size: int, folder: Path) -> None:
