@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -143,16 +144,25 @@ def _signature(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _drop_default_arguments(graph: fx.Graph) -> None:
-    """Take out the placeholders and the ``is None`` guards that concrete arguments leave in a graph."""
+    """Take out the placeholders that concrete arguments leave in a graph, and the guards on their values."""
     for node in reversed(graph.nodes):
-        guard = node.op == "call_function" and getattr(node.target, "__name__", "") == "_assert_is_none"
-        if guard:
+        if _is_guard(node):
+            compared = node.all_input_nodes
             graph.erase_node(node)
+            for source in compared:
+                if source.target is operator.eq and not source.users:
+                    graph.erase_node(source)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node in placeholders[1:]:
         if not node.users:
             graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
+
+
+def _is_guard(node: fx.Node) -> bool:
+    if getattr(node.target, "__name__", "") == "_assert_is_none":
+        return True
+    return node.target is torch._assert and "has been specialized" in str(node.args[1])
 
 
 def record_shapes(graph: fx.Graph, model: nn.Module, input_size: tuple[int, ...], batch: int = 2) -> None:
