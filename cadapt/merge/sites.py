@@ -174,7 +174,7 @@ def find_obstacle(site_path: str, modules: Mapping[str, nn.Module], graph: fx.Gr
         return None
     calls = [node for node in graph.nodes if node.op == "call_module" and modules.get(str(node.target)) is layer]
     if len(calls) > 1:
-        return f"the layer is called {len(calls)} times, and only one of the calls has this adapter"
+        return f"the layer is called {len(calls)} times, and this adapter stands at one of the calls"
     reads = [node for node in graph.nodes if node.op == "get_attr" and str(node.target).startswith(f"{site_path}.")]
     if calls and reads:
         return f"the base reads the layer's {str(reads[0].target).rpartition('.')[2]} elsewhere as well"

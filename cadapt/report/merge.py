@@ -38,18 +38,19 @@ def summary_lines(report: MergeReport) -> tuple[str, ...]:
         f"parameters {count(report.parameters_before)} → {count(report.parameters_after)}, "
         f"MACs {amount(report.macs_before, '')} → {amount(report.macs_after, '')}"
     )
-    lines.append(_comparison(report.end_to_end, report.dtype))
+    lines.append(_comparison(report.end_to_end, report.dtype, with_effect=bool(report.sites)))
     lines.append("timm checkpoint: yes" if report.timm_loadable else f"timm checkpoint: no, {report.timm_reason}")
     if not report.verified:
         lines.append("NOT VERIFIED: a check in fp64 failed")
     return tuple(lines)
 
 
-def _comparison(found: EndToEnd, dtype: str) -> str:
+def _comparison(found: EndToEnd, dtype: str, *, with_effect: bool) -> str:
     kind = "random images" if found.random_images else "images"
+    effect = f", where the adapters change them by {found.logit_effect:.1e}" if with_effect else ""
     return (
         f"end to end on {found.images} {kind}: logits differ by {found.max_abs_error_fp64:.1e} in float64 and "
-        f"{found.max_abs_error:.1e} in {dtype}, where the adapters change them by {found.logit_effect:.1e}; "
+        f"{found.max_abs_error:.1e} in {dtype}{effect}; "
         f"{percent(found.agreement, 1)} of predictions agree"
     )
 
