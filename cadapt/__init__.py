@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from cadapt.errors import CadaptError
+from cadapt.version import __version__
 
 if TYPE_CHECKING:
     from cadapt.adapted import AdaptedModel, disabled
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from cadapt.library import insert, load, save
     from cadapt.merge import merge
     from cadapt.train import fit
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "AdaptedModel": "cadapt.adapted",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import pickle
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import resolve_data_config
-from timm.models import load_state_dict
 from torch import nn
 
+from cadapt.checkpoints import fill_model, read_checkpoint
 from cadapt.errors import CadaptError, RefusedError, UsageError, close_matches
 from cadapt.hashing import hash_tensors
 from cadapt.known_checkpoints import recall_checkpoint, remember_checkpoint
@@ -257,30 +255,6 @@ def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         ) from error
 
 
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a ``.safetensors``, ``.pth`` or ``.bin`` checkpoint, on the CPU.
-
-    Raises:
-        CadaptError: there is no such file.
-        RefusedError: it is damaged, or a pickle that holds more than tensors.
-    """
-    if not path.is_file():
-        raise CadaptError(f"no checkpoint at {path}")
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise RefusedError(
-            f"{path} is refused: it is damaged, or a pickle that could run code on loading",
-            hint="convert it where it comes from: safetensors.torch.save_file(model.state_dict(), FILE)",
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
-        raise RefusedError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]:.160}") from error
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise RefusedError(f"{path} holds no tensors by name, expected a state_dict")
-    return tensors
-
-
 def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.Module:
     state = read_checkpoint(path)
     with torch.device("meta"):
@@ -289,20 +263,8 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
     if classes is not None and "num_classes" not in arguments:
         arguments = {**arguments, "num_classes": classes}
     model = _create(name, pretrained=False, **arguments)
-    own: dict[str, torch.Tensor] = model.state_dict()
-    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-    if wrong or missing or extra:
-        kinds = (("wrong shape:", wrong), ("missing", missing), ("unexpected", extra))
-        detail = [f"{kind} {_first_of(keys)}" for kind, keys in kinds if keys]
-        raise CadaptError(f"{path} does not fit {name}: {'; '.join(detail)}")
-    model.load_state_dict(state, strict=False)
+    fill_model(model, state, name, path)
     return model
-
-
-def _first_of(keys: list[str]) -> str:
-    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
 
 
 def _classes_in(state: Mapping[str, torch.Tensor], head: str | None) -> int | None:

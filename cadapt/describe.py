@@ -14,8 +14,9 @@ from cadapt.adapters import SCHEMES
 from cadapt.backbone import Backbone, check_architecture, describe_model, load_backbone
 from cadapt.cost import cost
 from cadapt.errors import UsageError
+from cadapt.planning import Survey, fitting_schemes, plan_insertions, survey
 from cadapt.site import Site
-from cadapt.surgery import Survey, fitting_schemes, operate, plan_insertions, survey
+from cadapt.surgery import operate
 
 SCHEMA = 1
 

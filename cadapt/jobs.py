@@ -35,7 +35,7 @@ from cadapt.errors import CadaptError, RefusedError, UsageError, close_matches
 from cadapt.evaluate import EvalResult, evaluate
 from cadapt.files import write_atomically
 from cadapt.library import base_of, from_bundle, to_bundle
-from cadapt.surgery import with_head
+from cadapt.planning import with_head
 from cadapt.train import Event, FitData, RunFolder, TrainConfig, TrainResult, fit
 from cadapt.train.folder import prepare
 from cadapt.train.hardware import resolve_device, resolve_precision

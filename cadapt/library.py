@@ -14,7 +14,8 @@ from cadapt.adapted import AdaptedModel
 from cadapt.backbone import Backbone, check_identity, describe_model, reload_backbone
 from cadapt.bundle import Bundle, load_bundle, save_bundle
 from cadapt.errors import RefusedError
-from cadapt.surgery import operate, plan_insertions, survey, with_head
+from cadapt.planning import plan_insertions, survey, with_head
+from cadapt.surgery import operate
 
 
 def insert(

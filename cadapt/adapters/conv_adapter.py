@@ -212,6 +212,7 @@ def _initialise(adapter: ConvAdapter, activation: str, init: str) -> None:
             nn.init.trunc_normal_(conv.weight, std=0.02)
         else:
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        assert conv.bias is not None
         nn.init.zeros_(conv.bias)
     if init == "zero":
         nn.init.zeros_(adapter.pointwise.weight)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from cadapt import __version__
 from cadapt.bundle.container import ITEM_BYTES, Entry, lay_out, pack_header
 from cadapt.bundle.header import (
     DIGEST_KEY,
@@ -32,6 +31,7 @@ from cadapt.files import write_atomically
 from cadapt.hashing import tensor_bytes
 from cadapt.plan import Json, Plan
 from cadapt.preprocessing import Preprocessing
+from cadapt.version import __version__
 
 if TYPE_CHECKING:
     import torch

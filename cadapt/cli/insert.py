@@ -53,8 +53,9 @@ def command(
     from cadapt.backbone import load_backbone
     from cadapt.bundle import bundle_bytes, load_bundle
     from cadapt.library import from_bundle, to_bundle
+    from cadapt.planning import plan_insertions, survey
     from cadapt.report.insert import show_check, show_plan
-    from cadapt.surgery import operate, plan_insertions, survey
+    from cadapt.surgery import operate
     from cadapt.verify import check_insertion
 
     _check_names(backbone, scheme, settings)

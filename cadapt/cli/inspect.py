@@ -115,7 +115,8 @@ def _show_adapter(content: Path | bytes, name: str, *, as_json: bool, quiet: boo
 def _show_checkpoint(
     path: Path, backbone: str | None, *, sites: bool, img_size: int | None, as_json: bool, quiet: bool
 ) -> None:
-    from cadapt.backbone import load_backbone, read_checkpoint
+    from cadapt.backbone import load_backbone
+    from cadapt.checkpoints import read_checkpoint
     from cadapt.describe import summarise
     from cadapt.report.describe import show_facts, show_model
 

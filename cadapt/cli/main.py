@@ -62,9 +62,9 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         import typer
 
-        import cadapt
+        from cadapt.version import __version__
 
-        print(f"cadapt {cadapt.__version__}")
+        print(f"cadapt {__version__}")
         raise typer.Exit
 
 

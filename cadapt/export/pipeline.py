@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from cadapt import __version__
 from cadapt.errors import UsageError
 from cadapt.export import pad_before_pool
 from cadapt.export.convert import INPUT_NAME, convert
@@ -26,6 +25,7 @@ from cadapt.export.tidy import tidy
 from cadapt.export.verify import Verdict, check_validity, verify
 from cadapt.files import write_atomically
 from cadapt.preprocessing import Preprocessing
+from cadapt.version import __version__
 
 
 def _own_metadata(

@@ -24,7 +24,8 @@ from cadapt.merge.checkpoint import why_not_timm
 from cadapt.merge.report import EndToEnd, MergeReport, SiteMerge
 from cadapt.merge.sites import BOUND_FP64, Decision, decide, find_obstacle
 from cadapt.plan import Base
-from cadapt.surgery import Survey, adapter_path, operate
+from cadapt.planning import Survey
+from cadapt.surgery import adapter_path, operate
 
 BOUND_END_TO_END = 1e-10
 _IMAGES = 4

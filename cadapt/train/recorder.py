@@ -12,8 +12,8 @@ from typing import Any
 import timm
 import torch
 
-import cadapt
 from cadapt.train.folder import MetricsLog, RunFolder
+from cadapt.version import __version__
 
 
 class Recorder:
@@ -54,7 +54,7 @@ def versions() -> dict[str, str]:
     """Return the versions of what computes a run's numbers."""
     return {
         "python": platform.python_version(),
-        "cadapt": cadapt.__version__,
+        "cadapt": __version__,
         "torch": str(torch.__version__),
         "timm": str(timm.__version__),
     }
