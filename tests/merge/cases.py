@@ -10,7 +10,8 @@ from torch import nn
 
 from cadapt.adapted import AdaptedModel
 from cadapt.backbone import Backbone, describe_model
-from cadapt.surgery import Survey, operate, plan_insertions, survey, with_head
+from cadapt.planning import Survey, plan_insertions, survey, with_head
+from cadapt.surgery import operate
 from tests.models import TinyNet, enliven, randomise, surveyed
 
 CLASSES = 5

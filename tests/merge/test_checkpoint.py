@@ -11,7 +11,8 @@ from cadapt.adapted import AdaptedModel
 from cadapt.backbone import describe_model
 from cadapt.errors import CadaptError
 from cadapt.merge import merge, timm_state_dict
-from cadapt.surgery import operate, plan_insertions, with_head
+from cadapt.planning import plan_insertions, with_head
+from cadapt.surgery import operate
 from tests.merge.cases import CLASSES, linear, toy, trained
 from tests.models import enliven, make_images, surveyed
 
