@@ -97,3 +97,8 @@ def _only_sizes(user: fx.Node) -> bool:
 
 def _only_parameters(node: fx.Node) -> bool:
     return not node.meta.get("from_input", True)
+
+
+def plain_path(key: str) -> str:
+    """The module path of a scope's key, without its call."""
+    return key.partition("@")[0]

@@ -1,0 +1,59 @@
+"""Attention and MLP branches of blocks: what a residual branch does, and where its work begins and ends."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import fx, nn
+
+from cadapt.graph.blocks import Block
+from cadapt.graph.flow import sources_of
+from cadapt.graph.operators import function_name, is_attention, is_linear, is_norm, module_of
+from cadapt.graph.residual import Residual
+from cadapt.graph.scopes import plain_path, stack_of
+
+
+def branch_kind(residual: Residual, model: nn.Module) -> Literal["attention", "mlp"] | None:
+    """Whether a branch attends, is two linear layers or more, or is something else."""
+    if residual.has_attention:
+        return "attention"
+    linears = sum(is_linear(node, model) for node in residual.branch)
+    return "mlp" if linears >= 2 and not residual.has_conv else None
+
+
+def trim_branch(residual: Residual, model: nn.Module) -> tuple[fx.Node, fx.Node]:
+    """Step over the norm that opens a branch, and back over the layer scale and drop-path that close it."""
+    inside = set(residual.branch)
+    start = residual.start
+    opening = [user for user in start.users if user in inside and is_norm(user, model)]
+    if len(opening) == 1:
+        start = opening[0]
+    end = residual.branch_end
+    while end in inside and _is_closing(end, model):
+        end = sources_of(end)[0]
+    return start, end
+
+
+def _is_closing(node: fx.Node, model: nn.Module) -> bool:
+    module = module_of(node, model)
+    if module is not None:
+        name = type(module).__name__.lower()
+        return isinstance(module, nn.Identity | nn.Dropout) or "droppath" in name or "layerscale" in name
+    # layer scale, traced to its multiplication by a parameter
+    return (
+        function_name(node) == "mul"
+        and len(sources_of(node)) == 1
+        and any(source.op == "get_attr" for source in node.all_input_nodes)
+    )
+
+
+def branch_path(kind: str, block: Block, residual: Residual, model: nn.Module) -> str:
+    """The module under the block that does the branch's work: ``blocks.0.attn``."""
+    does = is_attention if kind == "attention" else is_linear
+    for node in sorted(residual.branch, key=lambda item: item.name):
+        if does(node, model):
+            keys = list(stack_of(node))
+            below = keys[keys.index(block.scope.key) + 1 :] if block.scope.key in keys else []
+            if below:
+                return plain_path(below[0])
+    return f"{block.scope.path}.{kind}"
