@@ -17,24 +17,24 @@ from cadapt.version import __version__
 if TYPE_CHECKING:
     from cadapt.adapted import AdaptedModel, disabled
     from cadapt.adapters import SCHEMES
-    from cadapt.cost import cost
-    from cadapt.evaluate import evaluate
+    from cadapt.costing import cost
+    from cadapt.evaluation import evaluate
     from cadapt.export import export_onnx
     from cadapt.library import insert, load, save
-    from cadapt.merge import merge
+    from cadapt.merging import merge
     from cadapt.train import fit
 
 _HOMES = {
     "AdaptedModel": "cadapt.adapted",
     "disabled": "cadapt.adapted",
     "SCHEMES": "cadapt.adapters",
-    "cost": "cadapt.cost",
-    "evaluate": "cadapt.evaluate",
+    "cost": "cadapt.costing",
+    "evaluate": "cadapt.evaluation",
     "export_onnx": "cadapt.export",
     "fit": "cadapt.train",
     "insert": "cadapt.library",
     "load": "cadapt.library",
-    "merge": "cadapt.merge",
+    "merge": "cadapt.merging",
     "save": "cadapt.library",
 }
 

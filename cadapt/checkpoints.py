@@ -13,6 +13,8 @@ from torch import nn
 
 from cadapt.errors import CadaptError, RefusedError
 
+_DAMAGED = (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError)
+
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a ``.safetensors``, ``.pth`` or ``.bin`` checkpoint, on the CPU.
@@ -25,13 +27,15 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         raise CadaptError(f"no checkpoint at {path}")
     try:
         state = load_state_dict(str(path), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise RefusedError(
-            f"{path} is refused: it is damaged, or a pickle that could run code on loading",
-            hint="convert it where it comes from: safetensors.torch.save_file(model.state_dict(), FILE)",
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
-        raise RefusedError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]:.160}") from error
+    except (pickle.UnpicklingError, SafetensorError, *_DAMAGED) as error:
+        # some versions of timm raise the unpickler's refusal again under a kind of their own
+        if isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError):
+            raise RefusedError(
+                f"{path} is refused: it is damaged, or a pickle that could run code on loading",
+                hint="convert it where it comes from: safetensors.torch.save_file(model.state_dict(), FILE)",
+            ) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RefusedError(f"{path} is damaged or no checkpoint: {reason:.160}") from error
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise RefusedError(f"{path} holds no tensors by name, expected a state_dict")

@@ -12,7 +12,7 @@ from torch import nn
 
 from cadapt.adapters import SCHEMES
 from cadapt.backbone import Backbone, check_architecture, describe_model, load_backbone
-from cadapt.cost import cost
+from cadapt.costing import cost
 from cadapt.errors import UsageError
 from cadapt.planning import Survey, fitting_schemes, plan_insertions, survey
 from cadapt.site import Site

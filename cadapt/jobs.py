@@ -32,7 +32,7 @@ from cadapt.data import (
     open_training_data,
 )
 from cadapt.errors import CadaptError, RefusedError, UsageError, close_matches
-from cadapt.evaluate import EvalResult, evaluate
+from cadapt.evaluation import EvalResult, evaluate
 from cadapt.files import write_atomically
 from cadapt.library import base_of, from_bundle, to_bundle
 from cadapt.planning import with_head

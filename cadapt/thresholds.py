@@ -56,7 +56,7 @@ def check_thresholds(result: object, thresholds: Sequence[Threshold]) -> list[st
     A bound on what was not measured (``top5`` of five classes or fewer) is missed, and so is one on NaN.
 
     Args:
-        result: an :class:`cadapt.evaluate.EvalResult`, or anything with the metrics as attributes.
+        result: an :class:`cadapt.evaluation.EvalResult`, or anything with the metrics as attributes.
         thresholds: the bounds.
     """
     messages = (_missed(getattr(result, item.metric), item) for item in thresholds)

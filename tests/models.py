@@ -22,7 +22,7 @@ from timm.models.vgg import VGG
 from torch import nn
 
 from cadapt.backbone import Backbone, describe_model
-from cadapt.surgery import Survey, survey
+from cadapt.planning import Survey, survey
 
 CLASSES = 7
 

@@ -65,7 +65,7 @@ def test_near_misses_are_told_apart_and_nan_is_missed() -> None:
 def test_every_metric_is_a_field_of_the_result() -> None:
     from dataclasses import fields
 
-    from cadapt.evaluate import EvalResult
+    from cadapt.evaluation import EvalResult
 
     assert set(METRICS) <= {field.name for field in fields(EvalResult)}
 

@@ -82,7 +82,7 @@ def _onnx(
 ) -> tuple[bytes, dict[str, Any]]:
     from cadapt.export import onnx_bytes
     from cadapt.jobs import trained_model
-    from cadapt.merge import merge
+    from cadapt.merging import merge
     from cadapt.report.export import show_export
 
     adapted = trained_model(bundle, checkpoint=checkpoint, near=near)
@@ -110,7 +110,7 @@ def _timm(bundle: Bundle, checkpoint: Path | None, near: Path, dtype: str) -> tu
     from safetensors.torch import save
 
     from cadapt.jobs import trained_model
-    from cadapt.merge import merge, timm_state_dict
+    from cadapt.merging import merge, timm_state_dict
 
     kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if dtype not in kinds:

@@ -26,7 +26,7 @@ def command(
     from cadapt.bundle import load_bundle
     from cadapt.jobs import evaluate_model
     from cadapt.library import base_of, from_bundle
-    from cadapt.merge import merge
+    from cadapt.merging import merge
     from cadapt.report.console import percent, stderr_console
     from cadapt.report.merge import show_merge
 

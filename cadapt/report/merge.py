@@ -11,7 +11,7 @@ from cadapt.report.console import amount, count, new_table, percent
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cadapt.merge.report import EndToEnd, MergeReport, SiteMerge
+    from cadapt.merging.report import EndToEnd, MergeReport, SiteMerge
 
 _COLOURS = {"exact": "green", "simplified": "cyan", "kept": "yellow", "refused": "red"}
 
@@ -20,7 +20,7 @@ def show_merge(report: MergeReport, console: Console) -> None:
     """Show a merge: its table, where there are adapters, and its summary lines.
 
     Args:
-        report: what :func:`cadapt.merge.merge` found.
+        report: what :func:`cadapt.merging.merge` found.
         console: where to; the commands pass the one on stderr.
     """
     if report.sites:

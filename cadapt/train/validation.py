@@ -1,6 +1,6 @@
 """Loss and accuracy on the validation images, after each epoch: what the best epoch is chosen by.
 
-The figures are those of :func:`cadapt.evaluate.evaluate`, so that ``cadapt eval`` on the same images repeats them.
+The figures are those of :func:`cadapt.evaluation.evaluate`, so that ``cadapt eval`` on the same images repeats them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cadapt.evaluate import evaluate
+from cadapt.evaluation import evaluate
 from cadapt.train.signals import StopRequest
 
 if TYPE_CHECKING:

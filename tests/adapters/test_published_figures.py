@@ -11,8 +11,9 @@ import torch
 
 from cadapt.adapters import get_scheme
 from cadapt.backbone import Backbone, describe_model
-from cadapt.cost import cost
-from cadapt.surgery import Survey, operate, plan_insertions, survey
+from cadapt.costing import cost
+from cadapt.planning import Survey, plan_insertions, survey
+from cadapt.surgery import operate
 
 GAMMAS = (1, 2, 4, 8)
 SCHEMES = ("conv-par", "conv-seq", "res-par", "res-seq")

@@ -13,7 +13,8 @@ from cadapt.adapters import SCHEMES, get_scheme
 from cadapt.backbone import Backbone
 from cadapt.errors import CadaptError
 from cadapt.plan import Plan
-from cadapt.surgery import Survey, operate, plan_insertions, with_head
+from cadapt.planning import Survey, plan_insertions, with_head
+from cadapt.surgery import operate
 from tests.models import BASES, surveyed
 
 ALL_CASES = [(trait, scheme) for trait in BASES for scheme in SCHEMES]

@@ -7,7 +7,7 @@ import torch
 
 from cadapt.adapted import ADAPTERS, disabled
 from cadapt.errors import CadaptError
-from cadapt.surgery import fitting_schemes
+from cadapt.planning import fitting_schemes
 from tests.contract.cases import ALL_CASES, adapt, planned, starts_as_identity, state_bytes, step, train_mode
 from tests.models import enliven, make_images, surveyed
 

@@ -15,7 +15,8 @@ from cadapt.adapters import SCHEMES
 from cadapt.backbone import describe_model
 from cadapt.errors import CadaptError
 from cadapt.plan import Plan
-from cadapt.surgery import operate, plan_insertions, survey, with_head
+from cadapt.planning import plan_insertions, survey, with_head
+from cadapt.surgery import operate
 from tests.contract.cases import adapt, first_fitting, starts_as_identity
 from tests.models import enliven, make_images, randomise, surveyed
 
