@@ -37,7 +37,7 @@ def merge_conv_adapter(site: Site, form: Form, adapter: nn.Module, layer: nn.Mod
         kind = type(parts.activation).__name__
         return Refusal(reason=f"its {kind} between the two convs is not linear")
     if not isinstance(layer, nn.Conv2d):
-        return Refusal(reason=f"{site.kind} sites are not one conv that could take it up")
+        return Refusal(reason=f"what the {site.kind} computes is not one conv that could take it up")
     if type(layer) not in _PLAIN_CONVS:
         return Refusal(reason=f"the weight of a {type(layer).__name__} is computed at run time, not a plain kernel")
     if layer.padding_mode != "zeros":
