@@ -12,6 +12,12 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--zoo", default="sample", help="Real models at real sizes: sample (two of them), full, or names with commas."
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     import torch

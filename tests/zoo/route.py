@@ -1,0 +1,180 @@
+"""The whole path as the commands take it: insert → one training step on JPEG files → file → ONNX → onnxruntime."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from torch.nn import functional
+
+import cadapt
+from cadapt.adapted import AdaptedModel
+from cadapt.backbone import Backbone, load_backbone
+from cadapt.bundle import bundle_bytes, load_bundle, save_bundle
+from cadapt.data import evaluation_batches, open_evaluation_data
+from cadapt.export import ExportReport, onnx_bytes
+from cadapt.export.verify import open_session
+from cadapt.files import write_atomically
+from cadapt.jobs import TaskOptions, TrainJob, trained_model
+from cadapt.library import from_bundle, to_bundle
+from cadapt.planning import plan_insertions, survey
+from cadapt.surgery import operate
+from cadapt.train import TrainConfig
+from cadapt.verify import InsertionCheck, check_insertion
+from tests.zoo.architectures import ARCHITECTURES
+from tests.zoo.livened import cached_base, wake
+
+CLASSES = ("bars", "discs", "plain")
+_TRAIN, _TEST = 2, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """What one way from insertion to ONNX showed.
+
+    ``moved`` is how many of ``adapters`` one step changed; ``reloaded`` says that the file gives the model that wrote
+    it, bit for bit. Errors of the ONNX file are on real pictures, relative to how far logits move between pictures, as
+    is ``effect``, what the adapters do to them.
+    """
+
+    insertion: InsertionCheck
+    steps: int
+    loss_before: float
+    loss_after: float
+    adapters: int
+    moved: int
+    reloaded: bool
+    export: ExportReport
+    onnx_off: float
+    onnx_default: float
+    effect: float
+    file_bytes: int
+
+
+def draw_pictures(folder: Path) -> Path:
+    """Write JPEGs of three classes into ``train`` and ``test`` of a folder, each of another size."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", _TRAIN), ("test", _TEST)):
+        for name in CLASSES:
+            (folder / part / name).mkdir(parents=True)
+            for index in range(count):
+                _draw(name, generator).save(folder / part / name / f"{index}.jpg", quality=90)
+    return folder
+
+
+def _draw(name: str, generator: np.random.Generator) -> Image.Image:
+    width, height = (int(side) for side in generator.integers(230, 340, 2))
+    grain = generator.normal(0, 12, (height, width, 3))
+    image = Image.fromarray(np.uint8(np.clip(generator.integers(40, 216, 3) + grain, 0, 255)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(0 if name == "plain" else 8):
+        x, y, size = (int(value) for value in generator.integers(20, 200, 3))
+        colour = tuple(int(value) for value in generator.integers(0, 256, 3))
+        if name == "discs":
+            draw.ellipse((x, y, x + size // 2, y + size // 2), fill=colour)
+        else:
+            draw.rectangle((x, 0, x + size // 8, height), fill=colour)
+    return image
+
+
+def travel(name: str, scheme: str, pictures: Path, folder: Path) -> Route:
+    """Take one model and scheme through the whole path, as ``insert``, ``train`` and ``export`` do.
+
+    Args:
+        name: a timm model, of :data:`ARCHITECTURES`.
+        scheme: what to insert.
+        pictures: the folder that :func:`draw_pictures` filled.
+        folder: where files go.
+    """
+    weights, file = folder / "weights.safetensors", folder / "adapter.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in cached_base(name).state_dict().items()}, weights)
+    base = load_backbone(name, checkpoint=weights, img_size=ARCHITECTURES[name].side)
+    check = _insert(base, scheme, file)
+    first = load_bundle(file).tensors
+    result = _train(file, pictures, folder / "run", weights)
+    bundle = load_bundle(file)
+    changed = {key.split(".")[2] for key, tensor in first.items() if not torch.equal(tensor, bundle.tensors[key])}
+    model = trained_model(bundle, checkpoint=weights)
+    images, labels = _read(model, pictures / "train")
+    loss_after = float(functional.cross_entropy(_run(model, images), labels))
+    # one step moves adapters too little to be told from rounding: go on as if after many
+    wake(model.adapters)
+    save_bundle(file, to_bundle(model), overwrite=True)
+    again = cadapt.load(file, checkpoint=weights)
+    images, _ = _read(model, pictures / "test")
+    expected = _run(model, images)
+    data, report = _export(again)
+    spread = float((expected - expected.mean(0)).abs().max())
+    return Route(
+        insertion=check,
+        steps=result.steps,
+        loss_before=result.loss_curve[0],
+        loss_after=loss_after,
+        adapters=len(bundle.plan.insertions),
+        moved=len(changed),
+        reloaded=torch.equal(_run(again, images), expected) and again.classes == CLASSES,
+        export=report,
+        onnx_off=float((_run_onnx(data, images, "off") - expected).abs().max()) / spread,
+        onnx_default=float((_run_onnx(data, images, "default") - expected).abs().max()) / spread,
+        effect=float((_run(_asleep(model), images) - expected).abs().max()) / spread,
+        file_bytes=file.stat().st_size,
+    )
+
+
+def _insert(base: Backbone, scheme: str, file: Path) -> InsertionCheck:
+    surveyed = survey(base)
+    data = bundle_bytes(to_bundle(operate(base, plan_insertions(base, scheme, surveyed=surveyed), surveyed)))
+    check = check_insertion(base, from_bundle(load_bundle(data), base))
+    write_atomically(file, data, overwrite=False)
+    return check
+
+
+def _train(file: Path, pictures: Path, folder: Path, weights: Path):
+    """One epoch of one step; without augmentation and dropout its loss is that of the model as inserted."""
+    options = TaskOptions(data=str(pictures / "train"), val_split=0, augment="none", head_dropout=0.0)
+    config = TrainConfig(
+        epochs=1, batch_size=_TRAIN * len(CLASSES), lr=1e-4, min_lr=1e-4, warmup_epochs=0, keep="last", device="cpu"
+    )
+    job = TrainJob.begin(file, options, config, folder=folder, force=False, output=str(file), checkpoint=weights)
+    trained = job.train(workers=0)
+    write_atomically(file, bundle_bytes(trained.bundle), overwrite=True)
+    return trained.result
+
+
+def _export(model: AdaptedModel) -> tuple[bytes, ExportReport]:
+    merged, _ = cadapt.merge(model)
+    data, report = onnx_bytes(
+        merged, preprocessing=model.preprocessing, classes=model.classes, name=f"{model.plan.base.name}-adapted"
+    )
+    return data, report
+
+
+def _read(model: AdaptedModel, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    data = open_evaluation_data(str(folder))
+    return next(iter(evaluation_batches(data.images, model.preprocessing, batch_size=16)))
+
+
+@torch.no_grad()
+def _run(model: AdaptedModel, images: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model.eval()(images)
+    return logits
+
+
+def _run_onnx(data: bytes, images: torch.Tensor, optimisation) -> torch.Tensor:
+    session = open_session(data, optimisation)
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+
+
+@torch.no_grad()
+def _asleep(model: AdaptedModel) -> AdaptedModel:
+    """The model with its trained head and silent adapters."""
+    silent = copy.deepcopy(model)
+    for name, parameter in silent.adapters.named_parameters():
+        if name.endswith("alpha"):
+            parameter.zero_()
+    return silent

@@ -1,0 +1,96 @@
+"""Real architectures at their real sizes: sites and splices against hooks, and the whole path from files to ONNX.
+
+A plain run takes one light and one heavy model, others every day; ``--zoo full`` takes all of them, and ``--zoo NAME``
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from cadapt.backbone import describe_model
+from cadapt.errors import CadaptError
+from cadapt.planning import plan_insertions
+from tests.zoo.agreement import compare
+from tests.zoo.architectures import ARCHITECTURES, HEAVY, LIGHT, SCHEMES, sample
+from tests.zoo.route import draw_pictures, travel
+
+Case = tuple[str, str]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def test_adapters_sit_where_hooks_on_the_untraced_model_put_them(compared: Case, note: Callable[..., None]) -> None:
+    seen = compare(*compared)
+    note(
+        sites=seen.sites,
+        trainable=seen.trainable,
+        identical=seen.identical,
+        eval=seen.eval_error,
+        train=seen.train_error,
+        gradient=seen.gradient_error,
+        effect=seen.effect,
+    )
+    assert seen.sites_as_expected
+    assert seen.trainable == seen.formula
+    assert seen.identical
+    assert seen.off_identical
+    # what follows would hold of adapters that do nothing, too
+    assert seen.effect > 0.05
+    assert seen.weakest_gradient > 0
+    assert seen.eval_error <= 1e-5
+    assert seen.train_error <= 1e-5
+    assert seen.gradient_error <= 2e-5
+
+
+def test_the_whole_path(travelled: Case, pictures: Path, tmp_path: Path, note: Callable[..., None]) -> None:
+    seen = travel(*travelled, pictures, tmp_path)
+    checks = {
+        setting: [item for item in seen.export.checks if item.optimisation == setting] for setting in ("off", "default")
+    }
+    note(
+        identical=seen.insertion.identical_on,
+        loss=f"{seen.loss_before:.4f}→{seen.loss_after:.4f}",
+        moved=f"{seen.moved}/{seen.adapters}",
+        off=seen.onnx_off,
+        default=seen.onnx_default,
+        effect=seen.effect,
+        nodes=seen.export.nodes,
+        file=seen.file_bytes,
+    )
+    assert seen.insertion.identical_on
+    assert seen.insertion.identical_off
+    assert seen.steps == 1
+    assert seen.loss_after < seen.loss_before
+    assert seen.moved == seen.adapters
+    assert seen.reloaded
+    assert all([item.batch for item in items] == [1, 2, 3, 7] for items in checks.values())
+    assert max(item.relative_error for item in seen.export.checks) <= 1e-4
+    # the bound would catch adapters missing from the ONNX file
+    assert seen.effect > 0.01
+    assert seen.onnx_off <= 1e-4
+    assert seen.onnx_default <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["densenet121", "vgg16_bn"])
+@pytest.mark.parametrize("scheme", SCHEMES[2:])
+def test_models_without_residual_blocks_refuse_and_name_what_fits(name: str, scheme: str) -> None:
+    with torch.device("meta"):
+        backbone = describe_model(timm.create_model(name).eval())
+    with pytest.raises(CadaptError, match="has nothing to adapt under") as refusal:
+        plan_insertions(backbone, scheme)
+    assert "conv-par, conv-seq" in str(refusal.value.hint)
+
+
+def test_the_rotation_passes_through_every_model_and_route() -> None:
+    turns = len(LIGHT) * len(HEAVY) * len(SCHEMES)
+    seen = {case for turn in range(turns) for case in sample(turn)}
+    assert seen == {(item.name, scheme) for item in ARCHITECTURES.values() for scheme in item.route}
