@@ -111,12 +111,12 @@ class TrainJob:
 
     @classmethod
     def begin(
-        cls, adapter: Path | bytes, options: TaskOptions, config: TrainConfig, *, folder: Path, force: bool, **rest: Any
+        cls, adapter: Bundle, options: TaskOptions, config: TrainConfig, *, folder: Path, force: bool, **rest: Any
     ) -> TrainJob:
         """Lay out a run folder for a new run.
 
         Args:
-            adapter: the adapter file or its bytes.
+            adapter: the adapter file's content.
             options: the task.
             config: the recipe.
             folder: the run folder.
@@ -125,23 +125,29 @@ class TrainJob:
 
         Raises:
             UsageError: the folder holds a run.
-            RefusedError: the adapter is damaged.
         """
         job = cls(options=options, config=config, folder=folder, **rest)
-        content = bundle_bytes(load_bundle(adapter))
+        content = bundle_bytes(adapter)
         prepare(RunFolder(path=folder, force=force))
-        write_atomically(folder / _START, content, overwrite=True)
+        try:
+            write_atomically(folder / _START, content, overwrite=True)
+            job._write_record()
+        except BaseException:
+            job.discard_unbegun()
+            raise
+        return job
+
+    def _write_record(self) -> None:
         record = {
             "version": 1,
-            "options": options.to_json(),
-            "config": config.to_json(),
-            "output": job.output,
-            "overwrite": job.overwrite,
-            "checkpoint": _absolute(job.checkpoint),
-            "near": _absolute(job.near),
+            "options": self.options.to_json(),
+            "config": self.config.to_json(),
+            "output": self.output,
+            "overwrite": self.overwrite,
+            "checkpoint": _absolute(self.checkpoint),
+            "near": _absolute(self.near),
         }
-        write_atomically(folder / _JOB, (json.dumps(record, indent=2) + "\n").encode(), overwrite=True)
-        return job
+        write_atomically(self.folder / _JOB, (json.dumps(record, indent=2) + "\n").encode(), overwrite=True)
 
     @classmethod
     def read(cls, folder: Path) -> TrainJob:
@@ -169,10 +175,33 @@ class TrainJob:
         except (ValueError, KeyError, TypeError) as error:
             raise RefusedError(f"damaged run record {path}: {error}") from error
 
-    def with_machine(self, *, device: str | None, checkpoint: Path | None) -> TrainJob:
-        """The same run on another device, or with the base's weights elsewhere."""
-        config = self.config if device is None else replace(self.config, device=device)
-        return replace(self, config=config, checkpoint=checkpoint or self.checkpoint)
+    def with_changes(
+        self, config: Mapping[str, Any], *, checkpoint: Path | None, output: str | None, overwrite: bool | None
+    ) -> TrainJob:
+        """The same run with settings that change none of its numbers, or with other files; None leaves one as it is."""
+        return replace(
+            self,
+            config=replace(self.config, **config),
+            checkpoint=checkpoint or self.checkpoint,
+            output=output or self.output,
+            # leave was given for the run's own output alone
+            overwrite=(self.overwrite if output is None else False) if overwrite is None else overwrite,
+        )
+
+    @property
+    def saved(self) -> bool:
+        """Whether the run got so far that it can go on from a saved state."""
+        return RunFolder(path=self.folder).state.is_file()
+
+    def discard_unbegun(self) -> bool:
+        """Remove what :meth:`begin` wrote if no training came of it; whether it was so."""
+        if self.resume or RunFolder(path=self.folder).record.exists():
+            return False
+        for name in (_JOB, _START):
+            (self.folder / name).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+        return True
 
     def train(
         self,
@@ -183,7 +212,7 @@ class TrainJob:
     ) -> Trained:
         """Run it, from the start or from where its folder stands; raises as :func:`train_bundle` does."""
         # without a saved state the run was killed before its first save: it begins again
-        resume = self.resume and RunFolder(path=self.folder).state.is_file()
+        resume = self.resume and self.saved
         return train_bundle(
             load_bundle(self.folder / _START),
             self.options,
@@ -373,7 +402,8 @@ def evaluate_model(
     if not match.index_map:
         raise RefusedError(
             f"none of the data's classes ({', '.join(data.classes[:3])} …) is the model's "
-            f"({', '.join(model.classes[:3])} …)"
+            f"({', '.join(model.classes[:3])} …)",
+            hint="name the folders as the model's classes, which cadapt inspect FILE lists",
         )
     images = data.images.relabel(match.index_map, model.classes)
     place = resolve_device(device)

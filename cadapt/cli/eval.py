@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cadapt.cli._options import Adapter, AsJson, Checkpoint, Device, Precision, Quiet, SkipBad, Workers
-from cadapt.cli._streams import find_adapter, print_json
+from cadapt.cli._streams import find_adapter, load_adapter, print_json
 from cadapt.errors import ThresholdMissedError
 from cadapt.thresholds import check_thresholds, parse_thresholds
 
@@ -36,12 +36,11 @@ def command(
     """
     thresholds = parse_thresholds(fail_under or ())
     source = find_adapter(model)
-    from cadapt.bundle import load_bundle
     from cadapt.jobs import evaluate_model, trained_model
     from cadapt.report.evaluate import show_evaluated
     from cadapt.report.train import show_checking
 
-    adapted = trained_model(load_bundle(source.content), checkpoint=checkpoint, near=source.folder)
+    adapted = trained_model(load_adapter(source), checkpoint=checkpoint, near=source.folder)
     with show_checking(quiet=quiet) as on_progress:
         found = evaluate_model(
             adapted,

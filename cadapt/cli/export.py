@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cadapt.cli._options import Adapter, AsJson, Checkpoint, Force, Output, Quiet
-from cadapt.cli._streams import check_output, deliver, find_adapter, print_json, print_path
+from cadapt.cli._streams import check_output, deliver, find_adapter, load_adapter, print_json, print_path
 from cadapt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,10 +47,8 @@ def command(
     source = find_adapter(model)
     suffix = ".onnx" if onnx else "-timm.safetensors" if timm else f"-{dtype}.safetensors"
     target = output or str(source.folder / f"{source.stem}{suffix}")
-    check_output(target, force=force)
-    from cadapt.bundle import load_bundle
-
-    bundle = load_bundle(source.content)
+    check_output(target, force=force, as_json=as_json)
+    bundle = load_adapter(source)
     if onnx:
         data, record = _onnx(bundle, checkpoint, source.folder, dtype, normalize, softmax, opset, quiet=quiet)
     elif timm:

@@ -46,7 +46,7 @@ def command(
     """
     target = output or str(DEFAULT_ADAPTER)
     if not dry_run:
-        check_output(target, force=force)
+        check_output(target, force=force, as_json=as_json)
     common = {"gamma": gamma, "kernel": kernel, "conv_type": conv_type, "alpha": alpha, "init": init}
     settings: dict[str, Any] = {name: value for name, value in common.items() if value is not None}
     settings |= _read_settings(extra or [])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cadapt.cli._options import AsJson, Quiet
-from cadapt.cli._streams import print_json
+from cadapt.cli._streams import find_adapter, naming_stdin, print_json
 from cadapt.errors import CadaptError, UsageError
 
 EXAMPLE = "cadapt inspect resnet50 --sites; cadapt inspect 'convnext*'; cadapt inspect adapter.safetensors"
@@ -33,14 +32,17 @@ def command(
     For a model: stages, blocks and sites, and what each scheme would add (parameters, MACs, activation memory).
     """
     if target == "-":
-        _show_adapter(sys.stdin.buffer.read(), "stdin", as_json=as_json, quiet=quiet)
+        source = find_adapter("-")
+        _show_adapter(source.content, str(source.path or "stdin"), as_json=as_json, quiet=quiet)
         return
     path = Path(target)
     if path.is_file():
         _inspect_file(path, backbone, sites=sites, img_size=img_size, as_json=as_json, quiet=quiet)
         return
     if path.suffix in (*_CHECKPOINTS, ".onnx") or "/" in target:
-        raise CadaptError(f"no file at {target}")
+        raise CadaptError(
+            f"no file at '{target}'", hint="a timm model is named without a suffix: cadapt inspect resnet50"
+        )
     if any(mark in target for mark in "*?["):
         from cadapt.describe import list_architectures
         from cadapt.report.describe import show_listing
@@ -102,7 +104,8 @@ def _is_adapter(path: Path) -> bool:
 def _show_adapter(content: Path | bytes, name: str, *, as_json: bool, quiet: bool) -> None:
     from cadapt.bundle import read_header
 
-    header = read_header(content)
+    with naming_stdin():
+        header = read_header(content)
     if as_json:
         print_json({"schema": 1, "kind": "adapter", **header.to_json()})
         return

@@ -11,10 +11,10 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
+from cadapt.cli._streams import StdoutError
+
 if TYPE_CHECKING:
     import typer
-
-    from cadapt.errors import CadaptError
 
 _SILENT = {"-q", "--quiet", "--help", "-h", "--version", "--json", "--show-completion", "--install-completion"}
 
@@ -77,31 +77,48 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _run(given: list[str]) -> int:
-    from cadapt.errors import CadaptError
-
     debug = "--debug" in given or bool(os.environ.get("CADAPT_DEBUG"))
     try:
-        build_app()([item for item in given if item != "--debug"], prog_name="cadapt")
-    except CadaptError as error:
-        _show(error)
-        if debug:
-            raise
-        return error.exit_code
+        code = build_app()([item for item in given if item != "--debug"], prog_name="cadapt", standalone_mode=False)
+        sys.stdout.flush()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # whoever reads our output has gone: nothing to say, and nothing may be flushed to it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # whoever reads our output has gone: nothing to say
+        _give_up_stdout()
         return 1
-    return 0
+    except Exception as error:
+        return _fail(error, debug=debug)
+    return code if isinstance(code, int) else 0
 
 
-def _show(error: "CadaptError") -> None:
-    print(f"cadapt: error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"  hint: {error.hint}", file=sys.stderr)
+def _fail(error: Exception, *, debug: bool) -> int:
+    """Show an error that the user can mend and return its exit code; any other goes on, with its traceback."""
+    from cadapt.cli._errors import explain
+
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    known = explain(error)
+    if known is None:
+        raise error
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"cadapt: error: {known.message}", file=sys.stderr)
+    if known.hint:
+        print(f"  hint: {known.hint}", file=sys.stderr)
+    if isinstance(error, StdoutError):
+        _give_up_stdout()
+    return known.exit_code
+
+
+def _give_up_stdout() -> None:
+    """Let nothing more go to stdout: what is still buffered would fail again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -111,5 +128,6 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _say_hello(given: list[str]) -> None:
     """Say at once what was understood: importing torch takes seconds."""
+    given = [item for item in given if item != "--debug"]
     if given and not given[0].startswith("-") and not _SILENT & set(given) and "_CADAPT_COMPLETE" not in os.environ:
         print(f"cadapt {given[0]} …", file=sys.stderr, flush=True)

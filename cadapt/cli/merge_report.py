@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cadapt.cli._options import Adapter, AsJson, Checkpoint, Device, Quiet, Workers
-from cadapt.cli._streams import find_adapter, print_json
+from cadapt.cli._streams import find_adapter, load_adapter, print_json
 
 EXAMPLE = "cadapt merge-report --data ./imgs/val"
 
@@ -23,15 +23,17 @@ def command(
 ) -> None:
     """Report what folds into the base, per site, checked in fp64 and fp32; nothing is changed."""
     source = find_adapter(model)
-    from cadapt.bundle import load_bundle
-    from cadapt.jobs import evaluate_model
+    from cadapt.jobs import evaluate_model, trained_model
     from cadapt.library import base_of, from_bundle
     from cadapt.merging import merge
     from cadapt.report.console import percent, stderr_console
     from cadapt.report.merge import show_merge
 
-    bundle = load_bundle(source.content)
-    adapted = from_bundle(bundle, base_of(bundle, checkpoint=checkpoint, near=source.folder))
+    bundle = load_adapter(source)
+    if data is None:
+        adapted = from_bundle(bundle, base_of(bundle, checkpoint=checkpoint, near=source.folder))
+    else:  # only a trained adapter has classes to compare on
+        adapted = trained_model(bundle, checkpoint=checkpoint, near=source.folder)
     merged, report = merge(adapted)
     record = report.to_json()
     if not quiet:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cadapt.cli._errors import explain
 from cadapt.cli._options import Adapter, AsJson, Checkpoint, Device, Force, Output, Precision, Quiet, SkipBad, Workers
 from cadapt.cli._streams import (
     DEFAULT_ADAPTER,
     check_output,
     deliver,
     find_adapter,
+    load_adapter,
     print_json,
     print_path,
 )
-from cadapt.errors import UsageError
+from cadapt.errors import InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
     from cadapt.jobs import TrainJob
@@ -84,17 +88,31 @@ def command(
 
     Interrupted, it saves first; --resume goes on, to the same result bit for bit on a CPU.
     """
-    given = {name: value for name, value in context.params.items() if value not in (None, False)}
+    # by identity: 0 is a value, and equal to False
+    given = {name: value for name, value in context.params.items() if value is not None and value is not False}
     asked = {name: given[name] for name in _TASK if name in given}
     recipe = {field: given[name] for name, field in _RECIPE.items() if name in given}
     from cadapt.jobs import TrainJob
 
     if resume is not None:
+        if model is not None or run_folder is not None:
+            raise UsageError("--resume goes on with a run's own adapter and folder", hint="leave out -m and --run")
         job = TrainJob.read(resume)
-        _refuse_changes(job, data, asked, recipe)
-        job = job.with_machine(device=device, checkpoint=checkpoint)
+        free = _refuse_changes(job, data, asked, recipe)
+        job = job.with_changes(free, checkpoint=checkpoint, output=output, overwrite=force or None)
+        check_output(job.output, force=job.overwrite, as_json=as_json)
     else:
-        job = _new_job(data, model, asked, recipe, output, force=force, checkpoint=checkpoint, run_folder=run_folder)
+        job = _new_job(
+            data,
+            model,
+            asked,
+            recipe,
+            output,
+            force=force,
+            as_json=as_json,
+            checkpoint=checkpoint,
+            run_folder=run_folder,
+        )
     _run(job, workers, as_json=as_json, quiet=quiet)
 
 
@@ -106,6 +124,7 @@ def _new_job(
     output: str | None,
     *,
     force: bool,
+    as_json: bool,
     checkpoint: Path | None,
     run_folder: Path | None,
 ) -> TrainJob:
@@ -118,13 +137,12 @@ def _new_job(
     source = find_adapter(model)
     target = output or str(source.path or DEFAULT_ADAPTER)
     own = source.path if output is None else None
-    check_output(target, force=force, but=own)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    check_output(target, force=force, as_json=as_json, but=own)
     return TrainJob.begin(
-        source.content,
+        load_adapter(source),
         options,
         config,
-        folder=run_folder or Path("runs") / f"{source.stem}-{stamp}",
+        folder=run_folder or _unused(Path("runs") / f"{source.stem}-{time.strftime('%Y%m%d-%H%M%S')}"),
         output=target,
         overwrite=force or own is not None,
         checkpoint=checkpoint,
@@ -133,16 +151,28 @@ def _new_job(
     )
 
 
-def _refuse_changes(job: TrainJob, data: str | None, asked: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
-    """A resumed run is the run that was begun: what would change it is refused, what repeats it is fine."""
+def _unused(folder: Path) -> Path:
+    """The folder, or one with a number after it where two runs begin in one second."""
+    names = (folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000)))
+    return next(name for name in names if not name.exists())
+
+
+def _refuse_changes(
+    job: TrainJob, data: str | None, asked: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A resumed run is the run that was begun: what would change its numbers is refused, the rest returned."""
+    from cadapt.train.config import FREE_AT_RESUME
+
     begun = {**job.options.to_json(), **job.config.to_json()}
     wanted = {**asked, **recipe, **({} if data is None else {"data": data})}
     for name, value in wanted.items():
-        if name != "device" and begun[name] != value:
+        if name not in FREE_AT_RESUME and begun[name] != value:
+            label = "data" if name == "data" else f"--{name.replace('_', '-')}"
             raise UsageError(
-                f"the run began with {name.replace('_', '-')} {begun[name]!r}, not {value!r}",
+                f"the run began with {label} {begun[name]!r}, not {value!r}",
                 hint="leave it out, or begin a new run without --resume",
             )
+    return {name: value for name, value in wanted.items() if name in FREE_AT_RESUME}
 
 
 def _run(job: TrainJob, workers: int | None, *, as_json: bool, quiet: bool) -> None:
@@ -150,15 +180,34 @@ def _run(job: TrainJob, workers: int | None, *, as_json: bool, quiet: bool) -> N
     from cadapt.report.progress import show_training
     from cadapt.report.train import show_checking, show_trained
 
-    with show_checking(quiet=quiet) as on_progress, show_training(quiet=quiet) as on_event:
-        trained = job.train(workers=workers, on_event=on_event, on_progress=on_progress)
-    content = bundle_bytes(trained.bundle)
-    deliver(content, job.output, overwrite=job.overwrite)
+    with _resumable(job):
+        with show_checking(quiet=quiet) as on_progress, show_training(quiet=quiet) as on_event:
+            trained = job.train(workers=workers, on_event=on_event, on_progress=on_progress)
+        content = bundle_bytes(trained.bundle)
+        deliver(content, job.output, overwrite=job.overwrite)
     if not quiet:
         show_trained(trained, job.output, len(content), job.folder)
-    if as_json and job.output != "-":
+    if as_json:
         record = {"schema": 1, "output": job.output, "bytes": len(content), "run": str(job.folder)}
         print_json(
             {**record, "classes": list(trained.bundle.classes), **trained.result.to_json(), "data": trained.data}
         )
     print_path(job.output, as_json=as_json)
+
+
+@contextmanager
+def _resumable(job: TrainJob) -> Iterator[None]:
+    """Leave no run folder of a run that never began, and say of any other how to go on with it."""
+    try:
+        yield
+    except BaseException as error:
+        if job.discard_unbegun() or not job.saved:
+            raise
+        known = explain(error)
+        if known is None:
+            raise
+        command = f"cadapt train --resume {shlex.quote(str(job.folder))}"
+        if not isinstance(known, InterruptedRunError):
+            command = "; then ".join(filter(None, (known.hint, command)))
+        known.hint = command
+        raise known from error
