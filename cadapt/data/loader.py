@@ -28,7 +28,7 @@ class TrainLoader:
         augmentation: a preset's name (see :data:`cadapt.data.augment.PRESETS`), or a transform of RGB pictures.
         batch_size: samples in a batch.
         seed: of order and augmentation.
-        workers: processes that read and augment; 0 does it in this one. They live as long as the loader.
+        workers: processes that read and augment; 0 does it in this one. They live until :meth:`close`.
         drop_last: leave out a smaller last batch of any size.
         pin_memory: None pins where there is a CUDA device.
 
@@ -85,6 +85,10 @@ class TrainLoader:
         size = self.batch_size
         keys = [_keys(epoch, order[step * size : (step + 1) * size]) for step in range(start_step, steps)]
         return self._source.batches(keys)
+
+    def close(self) -> None:
+        """End the workers now, and not when the loader is no longer referred to; a later pass begins new ones."""
+        self._source.close()
 
 
 def evaluation_batches(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -81,28 +82,26 @@ class KeySampler:
 
 
 class BatchSource:
-    """Turns lists of keys into batches, in this process or in workers that live as long as this object.
+    """Turns lists of keys into batches, in this process or in workers.
 
     Args:
         workers: processes; 0 reads in this one.
-        persistent: keep the workers between calls of :meth:`batches`.
+        persistent: keep the workers between calls of :meth:`batches`, until :meth:`close` or the end of this object.
         pin_memory: None pins where there is a CUDA device.
     """
 
     def __init__(self, samples: Samples, workers: int, *, persistent: bool, pin_memory: bool | None) -> None:
+        self._samples = samples
+        self._workers = workers
+        self._persistent = persistent and workers > 0
+        self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._sampler = KeySampler()
+        self._loader: DataLoader[Any] | None = None
         self._turn = 0
-        with _without_torch_advice():
-            self._loader: DataLoader[Any] = DataLoader(
-                samples,  # type: ignore[arg-type]  # torch asks for its own class, and uses only __getitems__
-                batch_sampler=self._sampler,
-                num_workers=workers,
-                collate_fn=_as_it_is,
-                worker_init_fn=_prepare_worker,
-                persistent_workers=persistent and workers > 0,
-                pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-                generator=torch.Generator(),  # else each pass would draw from the process' own
-            )
+        self._running: list[Any] = []
+        # Left to the garbage collector, the workers' queues may go before the message that ends the workers, and a
+        # run stopped by an exception would wait 5 seconds for each. The finalizer keeps them together until then.
+        weakref.finalize(self, _shut_down, self._running)
 
     def batches(self, keys: list[list[Key]]) -> Iterator[Batch]:
         """Yield a batch for each list of keys: ``[B, C, H, W]`` float32 and ``[B]`` int64.
@@ -114,16 +113,59 @@ class BatchSource:
         """
         self._turn += 1
         turn = self._turn
-        self._sampler.batches = keys
-        with _signals_held_back(), _without_torch_advice():
-            batches = iter(self._loader)
+        batches = self._begin(keys)
         for _ in keys:
             if turn != self._turn:
                 raise RuntimeError("these batches were given up when a later pass over the same loader began")
+            yield self._take(batches)
+        if not self._persistent:
+            self.close()
+
+    def close(self) -> None:
+        """End the workers, if there are any; the next pass begins new ones."""
+        self._loader = None
+        _shut_down(self._running)
+
+    def _begin(self, keys: list[list[Key]]) -> Iterator[Any]:
+        self._sampler.batches = keys
+        with _signals_held_back(), _without_torch_advice():
+            if self._loader is None:
+                self._loader = self._make_loader()
+            batches: Iterator[Any] = iter(self._loader)
+        if batches not in self._running:
+            _shut_down(self._running)
+            self._running.append(batches)
+        return batches
+
+    def _take(self, batches: Iterator[Any]) -> Batch:
+        try:
             batch = _next_batch(batches)
             if isinstance(batch, UnreadableImage):
-                raise batch
-            yield batch[0], batch[1]
+                raise batch  # noqa: TRY301  (a value until here, see Samples)
+        except BaseException:  # Ctrl-C too
+            self.close()
+            raise
+        return batch[0], batch[1]
+
+    def _make_loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self._samples,  # type: ignore[arg-type]  # torch asks for its own class, and uses only __getitems__
+            batch_sampler=self._sampler,
+            num_workers=self._workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_prepare_worker,
+            persistent_workers=self._persistent,
+            pin_memory=self._pin_memory,
+            generator=torch.Generator(),  # else each pass would draw from the process' own
+        )
+
+
+def _shut_down(running: list[Any]) -> None:
+    while running:
+        # torch offers no public way to end workers at a given moment; reading in this process has none to end.
+        end = getattr(running.pop(), "_shutdown_workers", None)
+        if end is not None:
+            end()
 
 
 def _next_batch(batches: Iterator[Any]) -> Any:

@@ -1,3 +1,5 @@
+import gc
+import multiprocessing
 import os
 import random
 import signal
@@ -191,6 +193,30 @@ def test_workers_outlive_an_epoch(images, tmp_path):
     for epoch in range(3):
         collected(loader.batches(epoch))
     assert len(worker_ids(tmp_path)) == 2
+
+
+def test_closing_ends_the_workers_and_a_later_pass_begins_new_ones(images):
+    loader = TrainLoader(images, TINY, batch_size=4, workers=2)
+    before = collected(loader.batches(0))
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    loader.close()
+    assert not any(worker.is_alive() for worker in workers)
+    assert_same(before, collected(loader.batches(0)))
+    loader.close()
+
+
+def test_loaders_lost_in_a_cycle_end_their_workers_at_once(images):
+    for _ in range(4):
+        loader = TrainLoader(images, TINY, batch_size=4, workers=2)
+        next(loader.batches(0))
+        cycle = [loader]
+        cycle.append(cycle)
+        del loader, cycle
+    began = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - began < 4  # a worker that torch gives up costs 5 seconds
+    assert not multiprocessing.active_children()
 
 
 class Deadly:
