@@ -43,10 +43,7 @@ class Agreement:
 def compare(name: str, scheme: str) -> Agreement:
     """Insert a scheme into a model, and compare with the base, then, awake, with hooks; a batch of 2."""
     architecture, base, images = ARCHITECTURES[name], cached_base(name), make_images(name, 2)
-    backbone = describe_model(base, architecture.side)
-    surveyed = survey(backbone)
-    plan = with_head(plan_insertions(backbone, scheme, surveyed=surveyed), backbone, None)
-    model = operate(backbone, plan, surveyed)
+    model = _adapted(base, scheme, architecture.side)
     identical = torch.equal(_outputs(model, images), _outputs(base, images)) and torch.equal(
         _outputs(_train_mode(model), images), _outputs(_train_mode(copy.deepcopy(base)), images)
     )
@@ -54,16 +51,14 @@ def compare(name: str, scheme: str) -> Agreement:
     model.eval()
     tensors = _adapter_tensors(model)
     reference = _with_trainable_classifier(hooked(architecture, base, scheme, tensors))
-    expected, actual = _outputs(reference, images), _outputs(model, images)
+    pristine, expected, actual = (_outputs(item, images) for item in (base, reference, model))
     with disabled(model):
-        off = torch.equal(_outputs(model, images), _outputs(base, images))
-    effect = _relative(actual, _outputs(base, images))
-    own = _train_step(model, images)
-    wanted = _train_step(reference, images)
+        off = torch.equal(_outputs(model, images), pristine)
+    own, wanted = _train_step(model, images), _train_step(reference, images)
     gradients = _paired_gradients(model, reference, tensors)
-    found = sorted((insertion.site.path, insertion.site.kind) for insertion in plan.insertions)
+    found = sorted((item.site.path, item.site.kind) for item in model.plan.insertions)
     return Agreement(
-        sites=len(plan.insertions),
+        sites=len(found),
         trainable=sum(item.numel() for item in model.parameters() if item.requires_grad),
         formula=sum(_formula(item) for item in tensors.values())
         + sum(p.numel() for p in _classifier(base).parameters()),
@@ -74,8 +69,16 @@ def compare(name: str, scheme: str) -> Agreement:
         train_error=_relative(own, wanted),
         gradient_error=max(_relative(*pair) for pair in gradients.values()),
         weakest_gradient=min(float(pair[1].abs().max()) for pair in gradients.values()),
-        effect=effect,
+        effect=_relative(actual, pristine),
     )
+
+
+def _adapted(base: nn.Module, scheme: str, side: int) -> AdaptedModel:
+    """A base with the scheme's adapters and a trainable copy of its own classifier."""
+    backbone = describe_model(base, side)
+    surveyed = survey(backbone)
+    plan = with_head(plan_insertions(backbone, scheme, surveyed=surveyed), backbone, None)
+    return operate(backbone, plan, surveyed)
 
 
 @torch.no_grad()

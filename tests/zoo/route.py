@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +16,17 @@ from torch.nn import functional
 import cadapt
 from cadapt.adapted import AdaptedModel
 from cadapt.backbone import Backbone, load_backbone
-from cadapt.bundle import bundle_bytes, load_bundle, save_bundle
+from cadapt.bundle import bundle_bytes, load_bundle
 from cadapt.data import evaluation_batches, open_evaluation_data
 from cadapt.export import ExportReport, onnx_bytes
+from cadapt.export.report import Optimisation
 from cadapt.export.verify import open_session
 from cadapt.files import write_atomically
 from cadapt.jobs import TaskOptions, TrainJob, trained_model
 from cadapt.library import from_bundle, to_bundle
 from cadapt.planning import plan_insertions, survey
 from cadapt.surgery import operate
-from cadapt.train import TrainConfig
+from cadapt.train import TrainConfig, TrainResult
 from cadapt.verify import InsertionCheck, check_insertion
 from tests.zoo.architectures import ARCHITECTURES
 from tests.zoo.livened import cached_base, wake
@@ -104,12 +106,9 @@ def travel(name: str, scheme: str, pictures: Path, folder: Path) -> Route:
     loss_after = float(functional.cross_entropy(_run(model, images), labels))
     # one step moves adapters too little to be told from rounding: go on as if after many
     wake(model.adapters)
-    save_bundle(file, to_bundle(model), overwrite=True)
+    cadapt.save(model, file, overwrite=True)
     again = cadapt.load(file, checkpoint=weights)
     images, _ = _read(model, pictures / "test")
-    expected = _run(model, images)
-    data, report = _export(again)
-    spread = float((expected - expected.mean(0)).abs().max())
     return Route(
         insertion=check,
         steps=result.steps,
@@ -117,12 +116,9 @@ def travel(name: str, scheme: str, pictures: Path, folder: Path) -> Route:
         loss_after=loss_after,
         adapters=len(bundle.plan.insertions),
         moved=len(changed),
-        reloaded=torch.equal(_run(again, images), expected) and again.classes == CLASSES,
-        export=report,
-        onnx_off=float((_run_onnx(data, images, "off") - expected).abs().max()) / spread,
-        onnx_default=float((_run_onnx(data, images, "default") - expected).abs().max()) / spread,
-        effect=float((_run(_asleep(model), images) - expected).abs().max()) / spread,
+        reloaded=torch.equal(_run(again, images), _run(model, images)) and again.classes == CLASSES,
         file_bytes=file.stat().st_size,
+        **_exported(again, images),
     )
 
 
@@ -134,7 +130,7 @@ def _insert(base: Backbone, scheme: str, file: Path) -> InsertionCheck:
     return check
 
 
-def _train(file: Path, pictures: Path, folder: Path, weights: Path):
+def _train(file: Path, pictures: Path, folder: Path, weights: Path) -> TrainResult:
     """One epoch of one step; without augmentation and dropout its loss is that of the model as inserted."""
     options = TaskOptions(data=str(pictures / "train"), val_split=0, augment="none", head_dropout=0.0)
     config = TrainConfig(
@@ -146,12 +142,20 @@ def _train(file: Path, pictures: Path, folder: Path, weights: Path):
     return trained.result
 
 
-def _export(model: AdaptedModel) -> tuple[bytes, ExportReport]:
+def _exported(model: AdaptedModel, images: torch.Tensor) -> dict[str, Any]:
+    """The export's own report, and the file's errors on real pictures with what the adapters do to them."""
     merged, _ = cadapt.merge(model)
     data, report = onnx_bytes(
         merged, preprocessing=model.preprocessing, classes=model.classes, name=f"{model.plan.base.name}-adapted"
     )
-    return data, report
+    expected = _run(model, images)
+    spread = (expected - expected.mean(0)).abs().max()
+    seen = {
+        "onnx_off": _run_onnx(data, images, "off"),
+        "onnx_default": _run_onnx(data, images, "default"),
+        "effect": _run(_asleep(model), images),
+    }
+    return {"export": report, **{key: float((item - expected).abs().max() / spread) for key, item in seen.items()}}
 
 
 def _read(model: AdaptedModel, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,7 +169,7 @@ def _run(model: AdaptedModel, images: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _run_onnx(data: bytes, images: torch.Tensor, optimisation) -> torch.Tensor:
+def _run_onnx(data: bytes, images: torch.Tensor, optimisation: Optimisation) -> torch.Tensor:
     session = open_session(data, optimisation)
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
 
