@@ -224,3 +224,11 @@ def test_adapters_follow_the_bases_dtype(plain: tuple[Backbone, Survey]) -> None
     model = operate(backbone, plan)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
     assert model(make_images("plain").double()).dtype == torch.float64
+
+
+def test_equal_sites_get_different_random_values() -> None:
+    backbone, sites = surveyed("overwriting")
+    model = operate(backbone, plan_insertions(backbone, "conv-par", surveyed=sites), sites)
+    first, second = (adapter.depthwise.weight for adapter in model.adapters.conv_par.children())
+    assert first.shape == second.shape
+    assert not torch.equal(first, second)
