@@ -13,7 +13,7 @@ from torch import nn
 from cadapt.adapted import AdaptedModel
 from cadapt.backbone import Backbone, check_identity, describe_model, reload_backbone
 from cadapt.bundle import Bundle, load_bundle, save_bundle
-from cadapt.errors import RefusedError
+from cadapt.errors import CadaptError, RefusedError
 from cadapt.planning import plan_insertions, survey, with_head
 from cadapt.surgery import operate
 
@@ -100,7 +100,14 @@ def load(path: str | Path, model: nn.Module | None = None, *, checkpoint: str | 
 def base_of(bundle: Bundle, *, checkpoint: str | Path | None = None, near: Path | None = None) -> Backbone:
     """Build the base a bundle was made for; raises as :func:`load` does."""
     where = Path(checkpoint) if checkpoint is not None else None
-    return reload_backbone(bundle.plan.base, bundle.preprocessing, checkpoint=where, near=near)
+    try:
+        return reload_backbone(bundle.plan.base, bundle.preprocessing, checkpoint=where, near=near)
+    except CadaptError as error:
+        if where is None or not where.is_file() or type(error) is not CadaptError:
+            raise
+        # a file that does not even fit the architecture is another base all the more
+        message = f"wrong base: the adapter was made for {bundle.plan.base.name}; {error.message}"
+        raise RefusedError(message, hint="give the file the adapter was made for: --checkpoint FILE") from error
 
 
 def to_bundle(model: AdaptedModel) -> Bundle:
