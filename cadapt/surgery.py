@@ -25,7 +25,7 @@ from cadapt.graph.sites import Located
 from cadapt.graph.splice import Splicer
 from cadapt.head import build_head
 from cadapt.plan import Head, Insertion, Plan
-from cadapt.planning import Survey, fitting_schemes, plan_insertions, survey, with_head  # noqa: F401
+from cadapt.planning import Survey, survey
 from cadapt.site import Site
 
 

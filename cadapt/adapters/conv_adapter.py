@@ -29,8 +29,8 @@ class ConvAdapterConfig:
     """Settings of Conv-Adapter.
 
     Args:
-        gamma: compression γ, input channels over bottleneck channels. None is 4, taken to the nearest width that
-            divides the channels; a number is meant exactly and refused where it leaves no whole groups.
+        gamma: compression γ: the bottleneck has w = channels // γ, at least 1. A number is refused where w leaves no
+            whole groups; None is 4, with w taken to the nearest width that divides the channels.
         kernel: kernel size K of the depth-wise conv; None is the adapted component's.
         conv_type: ``depthwise``; ``regular`` (no groups in the first conv); ``linear`` (both convs 1×1).
         activation: σ by timm's name, ``identity`` for none; None is the backbone's own.
