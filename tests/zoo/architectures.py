@@ -84,5 +84,5 @@ def sample(turn: int) -> tuple[tuple[str, str], ...]:
     # the schemes move on when the models have been through
     return (
         (light.name, light.route[turn // len(LIGHT) % len(light.route)]),
-        (heavy.name, heavy.route[turn // len(HEAVY) % len(heavy.route)]),
+        (heavy.name, heavy.schemes[turn // len(HEAVY) % len(heavy.schemes)]),
     )

@@ -136,7 +136,8 @@ def _train(file: Path, pictures: Path, folder: Path, weights: Path) -> TrainResu
     config = TrainConfig(
         epochs=1, batch_size=_TRAIN * len(CLASSES), lr=1e-4, min_lr=1e-4, warmup_epochs=0, keep="last", device="cpu"
     )
-    job = TrainJob.begin(file, options, config, folder=folder, force=False, output=str(file), checkpoint=weights)
+    start = load_bundle(file)
+    job = TrainJob.begin(start, options, config, folder=folder, force=False, output=str(file), checkpoint=weights)
     trained = job.train(workers=0)
     write_atomically(file, bundle_bytes(trained.bundle), overwrite=True)
     return trained.result

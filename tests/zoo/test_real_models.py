@@ -1,7 +1,7 @@
 """Real architectures at their real sizes: sites and splices against hooks, and the whole path from files to ONNX.
 
-A plain run takes one light and one heavy model, others every day; ``--zoo full`` takes all of them, and ``--zoo NAME``
-one.
+A plain run takes one light and one heavy model, others every day, and the whole path with the light one; ``--zoo full``
+takes all of them, and ``--zoo NAME`` one.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def test_models_without_residual_blocks_refuse_and_name_what_fits(name: str, sch
     assert "conv-par, conv-seq" in str(refusal.value.hint)
 
 
-def test_the_rotation_passes_through_every_model_and_route() -> None:
+def test_the_rotation_passes_through_every_model_and_scheme() -> None:
     turns = len(LIGHT) * len(HEAVY) * len(SCHEMES)
     seen = {case for turn in range(turns) for case in sample(turn)}
-    assert seen == {(item.name, scheme) for item in ARCHITECTURES.values() for scheme in item.route}
+    assert seen == {(item.name, scheme) for item in ARCHITECTURES.values() for scheme in item.schemes}
