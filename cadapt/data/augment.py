@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import MaybeToTensor
 from torchvision import transforms
 
 from cadapt.errors import UsageError, close_matches
@@ -49,7 +52,7 @@ def training_transform(preset: str, preprocessing: Preprocessing) -> Transform:
         between = [_parts(preprocessing, color_jitter=0.3)[1], _parts(preprocessing, auto_augment=_MILD)[1]]
     if preset == "strong":
         between = [_parts(preprocessing, auto_augment=_MAGNITUDE_9)[1]]
-    return _chain(preprocessing, first, *between, *_grey_input(preprocessing), last)
+    return _chain(preprocessing, first, *between, *_grey_input(preprocessing), _fast(last, preprocessing))
 
 
 def evaluation_transform(preprocessing: Preprocessing) -> Transform:
@@ -61,10 +64,51 @@ def evaluation_transform(preprocessing: Preprocessing) -> Transform:
     return _whole(preprocessing, crop_mode=preprocessing.crop_mode, crop_pct=preprocessing.crop_pct)
 
 
+class PixelsToTensor:
+    """timm's last two steps, scaling to [0, 1] and normalising, by a table of the 256 values a pixel may have.
+
+    The table is made by those steps, so the result is the same to the last bit, in a quarter of the time.
+
+    Args:
+        steps: what turns a picture into the normalised tensor.
+        channels: 1 or 3.
+    """
+
+    def __init__(self, steps: Transform, channels: int) -> None:
+        every_value = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+        if channels > 1:
+            every_value = Image.merge("RGB", [every_value] * channels)
+        self.steps = steps
+        self.table: npt.NDArray[np.float32] = steps(every_value).reshape(channels, 256).numpy()
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Return the picture as float32 ``[channels, height, width]``."""
+        pixels = np.asarray(image)
+        planes = pixels.reshape(*pixels.shape[:2], -1)
+        result = np.empty((planes.shape[2], *planes.shape[:2]), dtype=np.float32)
+        for channel, values in enumerate(self.table):
+            # "clip" spares a check: no uint8 is beyond the table.
+            np.take(values, planes[:, :, channel], out=result[channel], mode="clip")
+        return torch.from_numpy(result)
+
+    def __repr__(self) -> str:
+        """Return the steps it stands for."""
+        return f"PixelsToTensor({self.steps})"
+
+
+def _fast(transform: Any, preprocessing: Preprocessing) -> Any:
+    """Replace the end of one of timm's transforms, whose steps from the tensor on are MaybeToTensor and Normalize."""
+    steps = transform.transforms
+    first = next(number for number, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+    exact = PixelsToTensor(transforms.Compose(steps[first : first + 2]), preprocessing.input_size[0])
+    return transforms.Compose([*steps[:first], exact, *steps[first + 2 :]])
+
+
 def _whole(preprocessing: Preprocessing, *, crop_mode: str, crop_pct: float) -> Transform:
-    transform = create_transform(
+    timms = create_transform(
         is_training=False, crop_mode=crop_mode, crop_pct=crop_pct, **_input_settings(preprocessing)
     )
+    transform = _fast(timms, preprocessing)
     return _chain(preprocessing, *_grey_input(preprocessing), transform)
 
 

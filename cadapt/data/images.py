@@ -6,6 +6,7 @@ check that decodes each file once before a run. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import stat
@@ -101,7 +102,7 @@ def check_bytes(data: bytes, name: str) -> None:
             return to_rgb(image)
         # An eighth of the size: the whole file is still parsed, so a missing end is still found.
         image.draft("RGB", (1, 1))
-        image.load()
+        _load(image)
         return image
 
     _guarded(check, name)
@@ -175,7 +176,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: its pixels are of a kind that has no agreed range.
     """
-    image.load()
+    _load(image)
     orientation = _orientation(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits per channel")
@@ -201,11 +202,26 @@ def _guarded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
 
 
 def _open(data: bytes) -> Image.Image:
-    # Warning filters belong to the process, not the thread: hence the lock, held for the header only.
+    with _pillow_quiet():
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _load(image: Image.Image) -> None:
+    # Only TIFF reads notes, and warns of them, once more after the pixels; the others decode side by side.
+    with _pillow_quiet() if image.format == "TIFF" else contextlib.nullcontext():
+        image.load()
+
+
+@contextlib.contextmanager
+def _pillow_quiet() -> Iterator[None]:
+    """Drop Pillow's remarks on damaged notes, and turn its warning of a huge picture into an error.
+
+    Warning filters belong to the process, not the thread: hence the lock, held where little time is spent.
+    """
     with _WARNING_FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        yield
 
 
 def _first_line(error: BaseException) -> str:
@@ -219,8 +235,7 @@ def _orientation(image: Image.Image) -> int:
     if image.format in ("JPEG", "MPO") and "exif" not in image.info and "xmp" not in image.info:
         return 1
     try:
-        with _WARNING_FILTERS, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _pillow_quiet():
             return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # noqa: BLE001
         # Damaged notes beside whole pixels: cameras and editors write those, and every viewer shows such a picture.

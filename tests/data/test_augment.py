@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,20 @@ def test_none_is_timm_evaluation():
     assert torch.equal(evaluation_transform(SMALL)(image), expected)
 
 
+@pytest.mark.parametrize("preset", ["light", "strong"])
+def test_the_table_of_pixels_is_timms_normalisation_to_the_last_bit(preset, monkeypatch):
+    fast = training_transform(preset, SMALL)
+    monkeypatch.setattr("cadapt.data.augment._fast", lambda transform, _preprocessing: transform)
+    plain = training_transform(preset, SMALL)
+    for seed in range(8):
+        results = []
+        for transform in (fast, plain):
+            seed_generators(seed)
+            results.append(transform(picture(seed, (60, 50))))
+        assert torch.equal(*results)
+        assert results[0].is_contiguous()
+
+
 def test_structured_keeps_place_and_direction():
     image = Image.new("RGB", (80, 20), (255, 0, 0))
     image.paste((0, 0, 255), (40, 0, 80, 20))
@@ -91,3 +107,14 @@ def test_unknown_presets_get_close_matches():
 def test_other_numbers_of_channels_are_refused():
     with pytest.raises(UsageError, match="4 channels"):
         evaluation_transform(Preprocessing(input_size=(4, 16, 16)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_transforms_travel_to_spawned_workers(preset):
+    transform = training_transform(preset, SMALL)
+    copy = pickle.loads(pickle.dumps(transform))
+    results = []
+    for each in (transform, copy):
+        seed_generators(4)
+        results.append(each(picture(1)))
+    assert torch.equal(*results)
