@@ -98,23 +98,17 @@ def open_training_data(
     train_part, held_part = _training_parts(source, val)
     parts = [train_part] if held_part is None else [train_part, _held_like(train_part, held_part)]
     readable, skipped = _readable([part.images for part in parts], skip_bad, workers, on_progress)
-    train, held = readable[0], readable[1] if len(readable) > 1 else None
-    if held is None and val_split > 0:
-        train, held = split_images(train, val_split, seed)
-    few = few_shot(train, shots, seed) if shots is not None else None
-    train = few.images if few is not None else train
-    if held is not None and len(held) == 0:
-        raise RefusedError("no class has two images, so none can be held out", hint="--val-split 0")
-    splits = {"train": train} if held is None else {"train": train, "val": held}
+    splits, short_classes = _chosen(readable, val_split, shots, seed)
     record = _record(train_part, splits, skipped) | {
         "parts": {name: part.part for name, part in zip(("train", "val"), parts, strict=False)},
         "val_source": None if val is None or held_part is None else held_part.name,
         "val_split": val_split if held_part is None else None,
         "seed": seed,
         "shots": shots,
-        "short_classes": few.short_classes if few is not None else {},
+        "short_classes": short_classes,
     }
-    return TrainingData(train=train, val=held, classes=train.classes, record=record)
+    train = splits["train"]
+    return TrainingData(train=train, val=splits.get("val"), classes=train.classes, record=record)
 
 
 def open_evaluation_data(
@@ -135,6 +129,21 @@ def open_evaluation_data(
     (images,), skipped = _readable([part.images], skip_bad, workers, on_progress)
     record = _record(part, {"evaluation": images}, skipped) | {"part": part.part}
     return EvaluationData(images=images, classes=images.classes, record=record)
+
+
+def _chosen(
+    parts: Sequence[Images], val_split: float, shots: int | None, seed: int
+) -> tuple[dict[str, Images], dict[str, int]]:
+    """Hold out what is not held out yet, and take few of the rest; return the splits and the classes short of shots."""
+    splits = dict(zip(("train", "val"), parts, strict=False))
+    if len(parts) == 1 and val_split > 0:
+        splits["train"], splits["val"] = split_images(parts[0], val_split, seed)
+        if len(splits["val"]) == 0:
+            raise RefusedError("no class has two images, so none can be held out", hint="--val-split 0")
+    if shots is None:
+        return splits, {}
+    few = few_shot(splits["train"], shots, seed)
+    return {**splits, "train": few.images}, few.short_classes
 
 
 def _training_parts(source: str, val: str | None) -> tuple[_Part, _Part | None]:
