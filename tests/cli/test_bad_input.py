@@ -51,9 +51,9 @@ def files_below(folder: Path) -> dict[str, bytes]:
     ("arguments", "code", "said", "hint"),
     [
         (["resnet5", "--scheme", "conv-par"], 2, "unknown model 'resnet5'", "resnet50"),
-        (["resnet50.a9_in1k", "--scheme", "conv-par"], 2, "unknown weights 'resnet50.a9_in1k'", "resnet50.a1_in1k"),
+        (["resnet50.a9_in1k", "--scheme", "conv-par"], 2, "unknown weights 'resnet50.a9_in1k'", "resnet50.a3_in1k"),
         (["test_resnet", "--scheme", "conv-pat"], 2, "unknown scheme 'conv-pat'", "did you mean conv-par"),
-        ([*BASE, "--gamma", "7"], 2, "32 channels do not divide by γ=7", "--gamma"),
+        ([*BASE, "--gamma", "7"], 2, "192 channels do not divide by γ=7; here γ can be 1, 2, 4", "--gamma"),
         ([*BASE, "--gamma", "0"], 2, "γ is 0", "--gamma 4"),
         ([*BASE, "--set", "gama=4"], 2, "no setting 'gama'", "gamma"),
         ([*BASE, "--set", "gamma"], 2, "not KEY=VALUE", "--set"),
