@@ -1,7 +1,8 @@
 """Write scikit-learn's 1,797 handwritten digits as PNG files, one folder per class: the quickstart's data set.
 
 The pictures come inside the scikit-learn package (8x8 pixels of 17 grey levels), so nothing is fetched. They are
-enlarged to 32x32 with smooth edges, and split the same way every time: the same share of every digit for validation.
+enlarged to 32x32 with smooth edges, and split the same way every time, with the same share of every digit: pictures to
+train on, pictures to choose the best epoch by, and pictures that nothing was chosen by, for the figure one reports.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def to_picture(pixels: np.ndarray) -> Image.Image:
 def write_split(folder: Path, indices: np.ndarray, pictures: np.ndarray, labels: np.ndarray) -> None:
     """Write the chosen pictures as ``folder/<digit>/<index in scikit-learn's order>.png``.
 
-    Pictures of an earlier run are removed first, so that another seed leaves none in both splits.
+    Pictures of an earlier run are removed first, so that another seed leaves none in two splits.
     """
     for stale in folder.glob("[0-9]/[0-9][0-9][0-9][0-9].png"):
         stale.unlink()
@@ -40,22 +41,25 @@ def write_split(folder: Path, indices: np.ndarray, pictures: np.ndarray, labels:
         to_picture(pictures[index]).save(path)
 
 
+def split(indices: np.ndarray, labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Part indices in two, the second with this share of every class."""
+    kept, taken = train_test_split(indices, test_size=share, random_state=seed, stratify=labels[indices])
+    return kept, taken
+
+
 def main() -> None:
-    """Parse the command line, write both splits, and print the folder."""
+    """Parse the command line, write the three splits, and print the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="gets train/<digit>/ and val/<digit>/")
-    parser.add_argument("--val-share", type=float, default=0.2, help="share of every class kept for validation")
+    parser.add_argument("output", type=Path, help="gets train/<digit>/, val/<digit>/ and test/<digit>/")
+    parser.add_argument("--val-share", type=float, default=0.1, help="share of every class to choose the epoch by")
+    parser.add_argument("--test-share", type=float, default=0.2, help="share of every class for the reported figure")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     digits = load_digits()
-    train, val = train_test_split(
-        np.arange(len(digits.target)),
-        test_size=arguments.val_share,
-        random_state=arguments.seed,
-        stratify=digits.target,
-    )
-    write_split(arguments.output / "train", train, digits.images, digits.target)
-    write_split(arguments.output / "val", val, digits.images, digits.target)
+    rest, test = split(np.arange(len(digits.target)), digits.target, arguments.test_share, arguments.seed)
+    train, val = split(rest, digits.target, arguments.val_share / (1 - arguments.test_share), arguments.seed)
+    for name, indices in {"train": train, "val": val, "test": test}.items():
+        write_split(arguments.output / name, indices, digits.images, digits.target)
     print(arguments.output)
 
 

@@ -72,7 +72,7 @@ def adapt(scheme: str, arguments: argparse.Namespace) -> Row:
         *("train", arguments.data, "-m", adapter, "--epochs", str(arguments.epochs), "--lr", str(arguments.lr)),
         *("--batch-size", "64", "--augment", "none"),
     )
-    evaluated = run_cadapt("eval", arguments.data / "val", "-m", adapter)
+    evaluated = run_cadapt("eval", arguments.data, "-m", adapter)
     return Row(
         name=WAYS[scheme],
         trainable_parameters=count_trainable(adapter),
@@ -91,7 +91,7 @@ def format_row(row: Row) -> str:
 def main() -> None:
     """Parse the command line, then print each row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with train/ and val/")
+    parser.add_argument("data", type=Path, help="folder with train/, val/ and test/")
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--architecture", default="test_resnet")
     parser.add_argument("--img-size", type=int, default=32)
