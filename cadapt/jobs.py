@@ -111,12 +111,19 @@ class TrainJob:
 
     @classmethod
     def begin(
-        cls, adapter: Bundle, options: TaskOptions, config: TrainConfig, *, folder: Path, force: bool, **rest: Any
+        cls,
+        adapter: Bundle | Path | bytes,
+        options: TaskOptions,
+        config: TrainConfig,
+        *,
+        folder: Path,
+        force: bool,
+        **rest: Any,
     ) -> TrainJob:
         """Lay out a run folder for a new run.
 
         Args:
-            adapter: the adapter file's content.
+            adapter: the adapter, its file, or that file's bytes.
             options: the task.
             config: the recipe.
             folder: the run folder.
@@ -125,9 +132,10 @@ class TrainJob:
 
         Raises:
             UsageError: the folder holds a run.
+            RefusedError: the adapter is damaged.
         """
         job = cls(options=options, config=config, folder=folder, **rest)
-        content = bundle_bytes(adapter)
+        content = bundle_bytes(adapter if isinstance(adapter, Bundle) else load_bundle(adapter))
         prepare(RunFolder(path=folder, force=force))
         try:
             write_atomically(folder / _START, content, overwrite=True)

@@ -11,22 +11,19 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-from cadapt.cli._streams import StdoutError
-
 if TYPE_CHECKING:
     import typer
 
 _SILENT = {"-q", "--quiet", "--help", "-h", "--version", "--json", "--show-completion", "--install-completion"}
 
 
-def build_app() -> "typer.Typer":
-    """Return the Typer application with every command of this package."""
-    import importlib
-    import pkgutil
+def build_app(only: str | None = None) -> "typer.Typer":
+    """Return the Typer application with every command of this package.
 
+    Args:
+        only: the one command that will be run, where it is known: the others then cost no time.
+    """
     import typer
-
-    import cadapt.cli
 
     app = typer.Typer(
         name="cadapt",
@@ -50,12 +47,21 @@ def build_app() -> "typer.Typer":
     ) -> None:
         """Options before the command."""
 
-    for item in pkgutil.iter_modules(cadapt.cli.__path__):
-        if item.name.startswith("_") or item.name == "main":
-            continue
-        module = importlib.import_module(f"cadapt.cli.{item.name}")
-        app.command(item.name.replace("_", "-"), epilog=module.EXAMPLE)(module.command)
+    _add_commands(app, only)
     return app
+
+
+def _add_commands(app: "typer.Typer", only: str | None) -> None:
+    import importlib
+    import pkgutil
+
+    import cadapt.cli
+
+    modules = [item.name for item in pkgutil.iter_modules(cadapt.cli.__path__)]
+    commands = {name.replace("_", "-"): name for name in modules if not name.startswith("_") and name != "main"}
+    for command in [only] if only in commands else commands:
+        module = importlib.import_module(f"cadapt.cli.{commands[command]}")
+        app.command(command, epilog=module.EXAMPLE)(module.command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -78,8 +84,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _run(given: list[str]) -> int:
     debug = "--debug" in given or bool(os.environ.get("CADAPT_DEBUG"))
+    given = [item for item in given if item != "--debug"]
     try:
-        code = build_app()([item for item in given if item != "--debug"], prog_name="cadapt", standalone_mode=False)
+        code = build_app(given[0] if given else None)(given, prog_name="cadapt", standalone_mode=False)
         sys.stdout.flush()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -97,6 +104,7 @@ def _run(given: list[str]) -> int:
 def _fail(error: Exception, *, debug: bool) -> int:
     """Show an error that the user can mend and return its exit code; any other goes on, with its traceback."""
     from cadapt.cli._errors import explain
+    from cadapt.cli._streams import StdoutError
 
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]

@@ -153,9 +153,10 @@ def test_options_are_recorded(options: list[str], adapter: Path, imgs: Path) -> 
     assert ran.code == 0, ran.stderr
     header = read_header(adapter)
     told = {**header.training["options"], **header.training["config"]}
-    pairs = zip(options, options[1:], strict=False)
-    for name, value in ((name, value) for name, value in pairs if name.startswith("--") and value[:2] != "--"):
-        assert str(told[name[2:].replace("-", "_")]) == value.replace("1", "1.0" if name == "--clip-grad" else "1")
+    for name, value in zip(options, [*options[1:], "--"], strict=True):
+        if name.startswith("--"):
+            found = told[name[2:].replace("-", "_")]
+            assert found == (True if value.startswith("--") else type(found)(value))
     assert header.classes == ("cat", "dog")
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines].count("epoch") == 1
