@@ -43,6 +43,19 @@ class Ran:
         return [line for line in self.stderr.splitlines() if line.startswith(("cadapt: error:", "  hint:"))]
 
 
+def check_refused(ran: Ran, code: int, *said: str, hint: str | None = "") -> None:
+    """One line, a hint (None: there is none), the exit code, and nothing on stdout."""
+    assert (ran.code, ran.stdout) == (code, b""), ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert len([line for line in ran.errors if line.startswith("cadapt: error: ")]) == 1, ran.stderr
+    for text in said:
+        assert text in ran.errors[0], ran.stderr
+    assert ran.stderr.splitlines()[-len(ran.errors) :] == ran.errors
+    if hint is not None:
+        assert len(ran.errors) == 2, ran.stderr
+        assert hint in ran.errors[1], ran.stderr
+
+
 def _no_constant(name: str) -> None:
     raise AssertionError(f"{name} is no JSON")
 
