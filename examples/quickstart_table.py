@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cadapt
-
 WAYS = {
     "linear": "linear probe",
     "full": "full fine-tuning",
@@ -54,11 +52,6 @@ def run_cadapt(*arguments: str | Path) -> dict[str, Any]:
     return record
 
 
-def count_trainable(adapter: Path) -> int:
-    """Return how many numbers of the trained model are tuned, its new head included."""
-    return sum(parameter.numel() for parameter in cadapt.load(adapter).parameters() if parameter.requires_grad)
-
-
 def adapt(scheme: str, arguments: argparse.Namespace) -> Row:
     """Insert, train and evaluate one scheme, leaving its file in the output folder."""
     adapter = arguments.output / f"{scheme}.safetensors"
@@ -68,14 +61,14 @@ def adapt(scheme: str, arguments: argparse.Namespace) -> Row:
         *("insert", arguments.architecture, "--checkpoint", arguments.checkpoint, *size),
         *("--scheme", scheme, "-o", adapter, "--force"),
     )
-    run_cadapt(
+    trained = run_cadapt(
         *("train", arguments.data, "-m", adapter, "--epochs", str(arguments.epochs), "--lr", str(arguments.lr)),
         *("--batch-size", "64", "--augment", "none"),
     )
     evaluated = run_cadapt("eval", arguments.data, "-m", adapter)
     return Row(
         name=WAYS[scheme],
-        trainable_parameters=count_trainable(adapter),
+        trainable_parameters=trained["trainable_parameters"],
         top1=evaluated["top1"],
         file_bytes=adapter.stat().st_size,
         seconds=time.monotonic() - started,

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from cadapt.cli._options import Adapter, AsJson, Checkpoint, Force, Output, Quiet
 from cadapt.cli._streams import check_output, deliver, find_adapter, load_adapter, print_json, print_path
 from cadapt.errors import UsageError
-
-if TYPE_CHECKING:
-    from cadapt.bundle import Bundle
 
 EXAMPLE = "cadapt export --onnx --normalize --softmax; cadapt export --dtype fp16; cadapt export --timm"
 
@@ -49,87 +44,20 @@ def command(
     target = output or str(source.folder / f"{source.stem}{suffix}")
     check_output(target, force=force, as_json=as_json)
     bundle = load_adapter(source)
+    from cadapt.jobs import ship_adapter, ship_onnx, ship_timm
+
+    places: dict[str, Any] = {"checkpoint": checkpoint, "near": source.folder}
     if onnx:
-        data, record = _onnx(bundle, checkpoint, source.folder, dtype, normalize, softmax, opset, quiet=quiet)
+        shipped = ship_onnx(bundle, dtype, normalize=normalize, softmax=softmax, opset=opset, **places)
     elif timm:
-        data, record = _timm(bundle, checkpoint, source.folder, dtype)
+        shipped = ship_timm(bundle, dtype, **places)
     else:
-        from cadapt.jobs import convert_bundle
-
-        data, record = convert_bundle(bundle, dtype), {"kind": "adapter", "dtype": dtype}
-    deliver(data, target, overwrite=force)
+        shipped = ship_adapter(bundle, dtype)
+    deliver(shipped.data, target, overwrite=force)
     if not quiet:
-        from cadapt.report.console import amount, stderr_console
+        from cadapt.report.export import show_shipped
 
-        stderr_console().print(f"wrote {'stdout' if target == '-' else target} ({amount(len(data))})", markup=False)
-    if as_json and target != "-":
-        print_json({"schema": 1, **record, "output": target, "bytes": len(data)})
+        show_shipped(shipped, target)
+    if as_json:
+        print_json({"schema": 1, **shipped.facts, "output": target, "bytes": len(shipped.data)})
     print_path(target, as_json=as_json)
-
-
-def _onnx(
-    bundle: Bundle,
-    checkpoint: Path | None,
-    near: Path,
-    dtype: str,
-    normalize: bool,
-    softmax: bool,
-    opset: int | None,
-    *,
-    quiet: bool,
-) -> tuple[bytes, dict[str, Any]]:
-    from cadapt.export import onnx_bytes
-    from cadapt.jobs import trained_model
-    from cadapt.merging import merge
-    from cadapt.report.export import show_export
-
-    adapted = trained_model(bundle, checkpoint=checkpoint, near=near)
-    # what folds into the base costs nothing at inference; what does not keeps its place in the graph
-    merged, _ = merge(adapted)
-    plan = bundle.plan
-    data, report = onnx_bytes(
-        merged,
-        preprocessing=bundle.preprocessing,
-        classes=bundle.classes,
-        name=f"{plan.base.name}-{plan.scheme}",
-        metadata={"base": json.dumps(_base(bundle)), "scheme": plan.scheme},
-        normalize=normalize,
-        softmax=softmax,
-        opset=opset,
-        dtype=dtype,  # type: ignore[arg-type]
-    )
-    if not quiet:
-        show_export(report)
-    return data, {"kind": "onnx", **report.to_json()}
-
-
-def _timm(bundle: Bundle, checkpoint: Path | None, near: Path, dtype: str) -> tuple[bytes, dict[str, Any]]:
-    import torch
-    from safetensors.torch import save
-
-    from cadapt.jobs import trained_model
-    from cadapt.merging import merge, timm_state_dict
-
-    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if dtype not in kinds:
-        raise UsageError(f"unknown dtype '{dtype}'", hint=f"one of {', '.join(kinds)}")
-    merged, report = merge(trained_model(bundle, checkpoint=checkpoint, near=near))
-    tensors = {
-        name: (tensor.to(kinds[dtype]) if tensor.is_floating_point() else tensor).contiguous().clone()
-        for name, tensor in timm_state_dict(merged).items()
-    }
-    architecture = bundle.plan.base.name.partition(".")[0]
-    facts = {
-        "architecture": architecture,
-        "num_classes": len(bundle.classes),
-        "classes": list(bundle.classes),
-        "preprocessing": bundle.preprocessing.to_json(),
-        "settings": dict(bundle.plan.base.settings),
-    }
-    metadata = {"format": "pt", "timm": json.dumps(facts)}
-    return save(tensors, metadata), {"kind": "timm", "dtype": dtype, "merged": report.merged, **facts}
-
-
-def _base(bundle: Bundle) -> dict[str, Any]:
-    base = bundle.plan.base
-    return {"name": base.name, "source": base.source, "checkpoint": base.checkpoint, "sha256": base.sha256}

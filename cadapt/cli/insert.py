@@ -8,7 +8,7 @@ import typer
 
 from cadapt.cli._options import AsJson, Checkpoint, Force, Output, Quiet
 from cadapt.cli._streams import DEFAULT_ADAPTER, check_output, deliver, print_json, print_path
-from cadapt.errors import CadaptError, UsageError
+from cadapt.errors import UsageError
 
 EXAMPLE = "cadapt insert resnet50 --scheme conv-par --gamma 4"
 
@@ -50,49 +50,33 @@ def command(
     common = {"gamma": gamma, "kernel": kernel, "conv_type": conv_type, "alpha": alpha, "init": init}
     settings: dict[str, Any] = {name: value for name, value in common.items() if value is not None}
     settings |= _read_settings(extra or [])
-    from cadapt.backbone import load_backbone
-    from cadapt.bundle import bundle_bytes, load_bundle
-    from cadapt.library import from_bundle, to_bundle
-    from cadapt.planning import plan_insertions, survey
+    from cadapt.jobs import insert_into
     from cadapt.report.insert import show_check, show_plan
-    from cadapt.surgery import operate
-    from cadapt.verify import check_insertion
 
-    _check_names(backbone, scheme, settings)
-    base = load_backbone(backbone, checkpoint=checkpoint, pretrained=pretrained, seed=seed, img_size=img_size)
-    surveyed = survey(base)
-    plan = plan_insertions(
-        base, scheme, settings, include=include or (), exclude=exclude or (), seed=seed, surveyed=surveyed
+    inserted = insert_into(
+        backbone,
+        scheme,
+        settings,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        img_size=img_size,
+        include=include or (),
+        exclude=exclude or (),
+        seed=seed,
     )
-    model = operate(base, plan, surveyed)
     if not quiet:
-        show_plan(model)
-    record: dict[str, Any] = {"schema": 1, "dry_run": dry_run, "plan": plan.to_json()}
-    if dry_run:
-        if as_json:
-            print_json(record)
-        return
-    data = bundle_bytes(to_bundle(model))
-    check = check_insertion(base, from_bundle(load_bundle(data), base))
-    if settings.get("init", "zero") == "zero" and not check.identical_on:
-        raise CadaptError(
-            f"the adapted model differs from {base.base.name} by {check.max_error:.3g}, expected no difference at all"
-        )
-    deliver(data, target, overwrite=force)
-    if not quiet:
-        show_check(check, target, len(data))
-    if as_json and target != "-":
-        print_json(record | {"output": target, "bytes": len(data), "check": check.to_json()})
-    print_path(target, as_json=as_json)
-
-
-def _check_names(backbone: str, scheme: str, settings: dict[str, Any]) -> None:
-    """Find a misspelt name before any weights are loaded."""
-    from cadapt.adapters import get_scheme
-    from cadapt.backbone import check_architecture
-
-    get_scheme(scheme).configure(settings)
-    check_architecture(backbone)
+        show_plan(inserted.model)
+    record: dict[str, Any] = {"schema": 1, "dry_run": dry_run, "trainable_parameters": inserted.trainable_parameters}
+    record["plan"] = inserted.model.plan.to_json()
+    if not dry_run:
+        data, check = inserted.write()
+        deliver(data, target, overwrite=force)
+        if not quiet:
+            show_check(check, target, len(data))
+        record |= {"output": target, "bytes": len(data), "check": check.to_json()}
+        print_path(target, as_json=as_json)
+    if as_json:
+        print_json(record)
 
 
 def _read_settings(pairs: list[str]) -> dict[str, str]:

@@ -189,9 +189,8 @@ def _run(job: TrainJob, workers: int | None, *, as_json: bool, quiet: bool) -> N
         show_trained(trained, job.output, len(content), job.folder)
     if as_json:
         record = {"schema": 1, "output": job.output, "bytes": len(content), "run": str(job.folder)}
-        print_json(
-            {**record, "classes": list(trained.bundle.classes), **trained.result.to_json(), "data": trained.data}
-        )
+        record |= {"trainable_parameters": trained.trainable_parameters, "classes": list(trained.bundle.classes)}
+        print_json({**record, **trained.result.to_json(), "data": trained.data})
     print_path(job.output, as_json=as_json)
 
 

@@ -1,13 +1,22 @@
-"""What ``cadapt export --onnx`` shows: how far onnxruntime is from torch, batch by batch."""
+"""What ``cadapt export`` shows: what was written, and for ONNX how far onnxruntime is from torch, by batch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cadapt.report.console import new_table, percent, stderr_console
+from cadapt.report.console import amount, new_table, percent, stderr_console
 
 if TYPE_CHECKING:
     from cadapt.export import ExportReport
+    from cadapt.jobs import Shipment
+
+
+def show_shipped(shipped: Shipment, output: str) -> None:
+    """Show what was written, after the checks it passed."""
+    if shipped.report is not None:
+        show_export(shipped.report)
+    where = "stdout" if output == "-" else output
+    stderr_console().print(f"wrote {where} ({amount(len(shipped.data))})", markup=False)
 
 
 def show_export(report: ExportReport) -> None:

@@ -83,7 +83,7 @@ def test_a_run_stopped_before_it_begins_leaves_nothing(
     def interrupt(*_arguments: object, **_settings: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cadapt.jobs.open_training_data", interrupt)
+    monkeypatch.setattr("cadapt.jobs.training.open_training_data", interrupt)
     assert run("train", imgs, *FAST, "--run", "unbegun").code == 130
     assert not Path("unbegun").exists()
 

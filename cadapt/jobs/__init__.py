@@ -1,0 +1,27 @@
+"""The work behind the commands that touch data: from an adapter file and a folder to a trained file or a figure.
+
+Each public function is what a command calls once; it ties the layers below together and prints nothing.
+"""
+
+from cadapt.jobs.insertion import Insertion, insert_into
+from cadapt.jobs.judging import Evaluated, evaluate_model, trained_model
+from cadapt.jobs.run import TrainJob
+from cadapt.jobs.shipping import Shipment, ship_adapter, ship_onnx, ship_timm
+from cadapt.jobs.task import TaskOptions, Trained
+from cadapt.jobs.training import train_bundle
+
+__all__ = [
+    "Evaluated",
+    "Insertion",
+    "Shipment",
+    "TaskOptions",
+    "TrainJob",
+    "Trained",
+    "evaluate_model",
+    "insert_into",
+    "ship_adapter",
+    "ship_onnx",
+    "ship_timm",
+    "train_bundle",
+    "trained_model",
+]

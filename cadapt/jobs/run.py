@@ -1,0 +1,166 @@
+"""A training run as its folder keeps it, begun once and resumed as often as need be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cadapt.bundle import Bundle, bundle_bytes, load_bundle
+from cadapt.errors import RefusedError, UsageError
+from cadapt.files import write_atomically
+from cadapt.jobs.task import Progress, TaskOptions, Trained
+from cadapt.jobs.training import train_bundle
+from cadapt.train import Event, RunFolder, TrainConfig
+from cadapt.train.folder import prepare
+
+_JOB, _START = "job.json", "start.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """A training run as its folder keeps it: enough to begin it, and to go on with it after a kill.
+
+    ``folder`` holds, besides what the engine writes, ``job.json`` and ``start.safetensors``, the adapter as it was.
+    ``output`` is where the result goes. ``checkpoint`` and ``near`` say where to look for the base's weights.
+    """
+
+    options: TaskOptions
+    config: TrainConfig
+    folder: Path
+    output: str
+    overwrite: bool = False
+    checkpoint: Path | None = None
+    near: Path | None = None
+    resume: bool = False
+
+    @classmethod
+    def begin(
+        cls,
+        adapter: Bundle | Path | bytes,
+        options: TaskOptions,
+        config: TrainConfig,
+        *,
+        folder: Path,
+        force: bool,
+        **rest: Any,
+    ) -> TrainJob:
+        """Lay out a run folder for a new run.
+
+        Args:
+            adapter: the adapter, its file, or that file's bytes.
+            options: the task.
+            config: the recipe.
+            folder: the run folder.
+            force: replace a run that is in it.
+            **rest: the job's other fields.
+
+        Raises:
+            UsageError: the folder holds a run.
+            RefusedError: the adapter is damaged.
+        """
+        job = cls(options=options, config=config, folder=folder, **rest)
+        content = bundle_bytes(adapter if isinstance(adapter, Bundle) else load_bundle(adapter))
+        prepare(RunFolder(path=folder, force=force))
+        try:
+            write_atomically(folder / _START, content, overwrite=True)
+            job._write_record()
+        except BaseException:
+            job.discard_unbegun()
+            raise
+        return job
+
+    def _write_record(self) -> None:
+        record = {
+            "version": 1,
+            "options": self.options.to_json(),
+            "config": self.config.to_json(),
+            "output": self.output,
+            "overwrite": self.overwrite,
+            "checkpoint": _absolute(self.checkpoint),
+            "near": _absolute(self.near),
+        }
+        write_atomically(self.folder / _JOB, (json.dumps(record, indent=2) + "\n").encode(), overwrite=True)
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainJob:
+        """Read a run folder's job, to go on with it.
+
+        Raises:
+            UsageError: there is no run in the folder.
+            RefusedError: its record is damaged.
+        """
+        path = folder / _JOB
+        if not path.is_file():
+            raise UsageError(f"no run to resume in {folder}: {_JOB} is missing", hint="ls runs")
+        try:
+            record = json.loads(path.read_text())
+            return cls(
+                options=TaskOptions.from_json(record["options"]),
+                config=TrainConfig.from_json(record["config"]),
+                folder=folder,
+                output=record["output"],
+                overwrite=record["overwrite"],
+                checkpoint=None if record["checkpoint"] is None else Path(record["checkpoint"]),
+                near=None if record["near"] is None else Path(record["near"]),
+                resume=True,
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise RefusedError(f"damaged run record {path}: {error}") from error
+
+    def with_changes(
+        self, config: Mapping[str, Any], *, checkpoint: Path | None, output: str | None, overwrite: bool | None
+    ) -> TrainJob:
+        """The same run with settings that change none of its numbers, or with other files; None leaves one as it is."""
+        return replace(
+            self,
+            config=replace(self.config, **config),
+            checkpoint=checkpoint or self.checkpoint,
+            output=output or self.output,
+            # leave was given for the run's own output alone
+            overwrite=(self.overwrite if output is None else False) if overwrite is None else overwrite,
+        )
+
+    @property
+    def saved(self) -> bool:
+        """Whether the run got so far that it can go on from a saved state."""
+        return RunFolder(path=self.folder).state.is_file()
+
+    def discard_unbegun(self) -> bool:
+        """Remove what :meth:`begin` wrote if no training came of it; whether it was so."""
+        if self.resume or RunFolder(path=self.folder).record.exists():
+            return False
+        for name in (_JOB, _START):
+            (self.folder / name).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+        return True
+
+    def train(
+        self,
+        *,
+        workers: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        on_progress: Progress | None = None,
+    ) -> Trained:
+        """Run it, from the start or from where its folder stands; raises as :func:`train_bundle` does."""
+        # without a saved state the run was killed before its first save: it begins again
+        resume = self.resume and self.saved
+        return train_bundle(
+            load_bundle(self.folder / _START),
+            self.options,
+            self.config,
+            run=RunFolder(path=self.folder, resume=resume, force=True, command=tuple(sys.argv)),
+            checkpoint=self.checkpoint,
+            near=self.near,
+            workers=workers,
+            on_event=on_event,
+            on_progress=on_progress,
+        )
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())

@@ -1,0 +1,145 @@
+"""Training an adapter on image files: data, base and head brought together for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cadapt.adapted import ADAPTERS, AdaptedModel
+from cadapt.backbone import Backbone
+from cadapt.bundle import Bundle, save_bundle
+from cadapt.data import (
+    TrainingData,
+    TrainLoader,
+    evaluation_batches,
+    open_training_data,
+)
+from cadapt.errors import RefusedError
+from cadapt.jobs.task import Progress, TaskOptions, Trained, default_workers
+from cadapt.library import base_of, from_bundle, to_bundle
+from cadapt.planning import with_head
+from cadapt.train import Event, FitData, RunFolder, TrainConfig, fit
+from cadapt.train.recorder import versions
+
+_HEAD = f"{ADAPTERS}.head."
+
+
+def train_bundle(
+    bundle: Bundle,
+    options: TaskOptions,
+    config: TrainConfig,
+    *,
+    run: RunFolder | None,
+    checkpoint: Path | None = None,
+    near: Path | None = None,
+    workers: int | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    on_progress: Progress | None = None,
+) -> Trained:
+    """Train an adapter on image files.
+
+    Args:
+        bundle: the adapter, fresh from ``insert`` or trained before on the same classes.
+        options: the task.
+        config: the recipe.
+        run: where metrics and weights are kept; None keeps nothing.
+        checkpoint: the base's weights, if not where they last were.
+        near: the adapter file's folder.
+        workers: reader processes; None is :func:`default_workers`.
+        on_event: called with the engine's events.
+        on_progress: called while the pictures are checked.
+
+    Raises:
+        RefusedError: unreadable pictures, classes that differ, the wrong base.
+        CadaptError: as :func:`cadapt.train.fit` says.
+    """
+    processes = default_workers() if workers is None else workers
+    data = open_training_data(
+        options.data,
+        val=options.val,
+        val_split=options.val_split,
+        shots=options.shots,
+        seed=config.seed,
+        skip_bad=options.skip_bad,
+        workers=max(1, processes),
+        on_progress=on_progress,
+    )
+    backbone = base_of(bundle, checkpoint=checkpoint, near=near)
+    model = _with_task_head(bundle, backbone, data.classes, options, config.seed)
+    fit_data = _fit_data(data, model, options, config, processes)
+    saver = partial(_save, classes=data.classes, data=data.record, options=options)
+    result = fit(model, fit_data, config, run=run, on_event=on_event, save_weights=saver)
+    model.training_record = _record(data.record, options, {"config": config.to_json(), **result.to_json()})
+    trained = sum(item.numel() for item in model.parameters() if item.requires_grad)
+    return Trained(bundle=to_bundle(model), result=result, trainable_parameters=trained, data=data.record)
+
+
+def _with_task_head(
+    bundle: Bundle, backbone: Backbone, classes: Sequence[str], options: TaskOptions, seed: int
+) -> AdaptedModel:
+    trained = bundle.plan.head is not None
+    if trained and bundle.classes == tuple(classes) and not options.new_head:
+        return from_bundle(bundle, backbone)
+    if trained and not options.new_head:
+        lacking = [name for name in bundle.classes if name not in classes]
+        extra = [name for name in classes if name not in bundle.classes]
+        differing = f"lacks {lacking[0]!r}" if lacking else f"has {extra[0]!r}" if extra else "orders them differently"
+        raise RefusedError(
+            f"the adapter was trained on {len(bundle.classes)} other classes: the data {differing}",
+            hint="--new-head keeps the adapters and starts a new head",
+        )
+    plan = with_head(
+        bundle.plan, backbone, len(classes), norm=options.head_norm, dropout=options.head_dropout, seed=seed
+    )
+    adapters = {name: tensor for name, tensor in bundle.tensors.items() if not name.startswith(_HEAD)}
+    model = from_bundle(replace(bundle, plan=plan, tensors=adapters), backbone, fresh=_HEAD)
+    model.classes = tuple(classes)
+    return model
+
+
+def _fit_data(
+    data: TrainingData, model: AdaptedModel, options: TaskOptions, config: TrainConfig, workers: int
+) -> FitData:
+    loader = TrainLoader(
+        data.train,
+        model.preprocessing,
+        options.augment,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=workers,
+    )
+    held = data.val
+    return FitData(
+        train=loader,
+        classes=data.classes,
+        validation=None
+        if held is None
+        else lambda: evaluation_batches(held, model.preprocessing, config.batch_size, workers),
+        record={**data.record, "augment": options.augment},
+    )
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    record: dict[str, Any],
+    *,
+    classes: Sequence[str],
+    data: Mapping[str, Any],
+    options: TaskOptions,
+) -> None:
+    assert isinstance(model, AdaptedModel), type(model)
+    training = _record(data, options, record)
+    save_bundle(path, replace(to_bundle(model), classes=tuple(classes), training=training), overwrite=True)
+
+
+def _record(data: Mapping[str, Any], options: TaskOptions, engine: Mapping[str, Any]) -> dict[str, Any]:
+    """The training record: what, how, and what came of it; paths of this machine left out."""
+    named = {**data, "name": Path(options.data).name}
+    told = {key: value for key, value in options.to_json().items() if key not in ("data", "val", "new_head")}
+    return {"data": named, "options": told, "versions": versions(), **engine}
