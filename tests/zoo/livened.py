@@ -7,6 +7,7 @@ import functools
 import timm
 import torch
 from torch import nn
+from torch.nn import functional
 
 from tests.models import randomise
 from tests.zoo.architectures import ARCHITECTURES
@@ -17,7 +18,7 @@ def make_base(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = randomise(timm.create_model(name)).eval()
-    _calibrate(model, ARCHITECTURES[name].side)
+    _calibrate(model, make_images(name, 8, seed=7))
     return model
 
 
@@ -28,25 +29,38 @@ def cached_base(name: str) -> nn.Module:
 
 
 def make_images(name: str, batch: int, seed: int = 0) -> torch.Tensor:
-    """Pictures' stand-ins ``[B, 3, side, side]``: noise of unit variance under colours that differ by picture."""
+    """Pictures' stand-ins ``[B, 3, side, side]``: smooth colours, a little noise, and contrast that differs."""
     side, generator = ARCHITECTURES[name].side, torch.Generator().manual_seed(seed)
-    colour = torch.randn(batch, 3, 1, 1, generator=generator)
-    return colour + torch.randn(batch, 3, side, side, generator=generator)
+    coarse = 2 * torch.randn(batch, 3, 7, 7, generator=generator)
+    smooth = functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False)
+    contrast = torch.rand(batch, 1, 1, 1, generator=generator)
+    return smooth * contrast + (1 - contrast) * torch.randn(batch, 3, side, side, generator=generator)
 
 
 @torch.no_grad()
-def _calibrate(model: nn.Module, side: int) -> None:
-    """Give batch norms the statistics of a batch, as training would have."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return
-    for norm in norms:
-        norm.momentum = 1.0
-        norm.train()
-    model(torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(7)))
-    for norm in norms:
-        norm.momentum = 0.1
-        norm.eval()
+def _calibrate(model: nn.Module, images: torch.Tensor) -> None:
+    """Give batch norms the statistics of pictures, as training would have.
+
+    Those of plain noise would not do: on smooth pictures activations then grow from layer to layer, until two right
+    programs differ by more than any tolerance.
+    """
+    handles = [
+        module.register_forward_pre_hook(_take_statistics)
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    model(images)
+    for handle in handles:
+        handle.remove()
+
+
+def _take_statistics(norm: nn.Module, given: tuple[torch.Tensor]) -> None:
+    variance, mean = torch.var_mean(given[0], dim=(0, 2, 3))
+    assert isinstance(norm.running_mean, torch.Tensor)
+    assert isinstance(norm.running_var, torch.Tensor)
+    norm.running_mean.copy_(mean)
+    # channels that hardly vary on these pictures must not be blown up on others
+    norm.running_var.copy_(variance + variance.mean())
 
 
 @torch.no_grad()

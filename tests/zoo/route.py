@@ -134,7 +134,7 @@ def _train(file: Path, pictures: Path, folder: Path, weights: Path) -> TrainResu
     """One epoch of one step; without augmentation and dropout its loss is that of the model as inserted."""
     options = TaskOptions(data=str(pictures / "train"), val_split=0, augment="none", head_dropout=0.0)
     config = TrainConfig(
-        epochs=1, batch_size=_TRAIN * len(CLASSES), lr=1e-4, min_lr=1e-4, warmup_epochs=0, keep="last", device="cpu"
+        epochs=1, batch_size=_TRAIN * len(CLASSES), lr=2e-5, min_lr=2e-5, warmup_epochs=0, keep="last", device="cpu"
     )
     start = load_bundle(file)
     job = TrainJob.begin(start, options, config, folder=folder, force=False, output=str(file), checkpoint=weights)
