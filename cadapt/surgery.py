@@ -148,7 +148,9 @@ def _splice_head(graph: fx.Graph, base: nn.Module, adapters: nn.Module, head: He
     if shape is None:
         raise CadaptError(f"the classifier '{head.path}' is not called by itself: a head cannot stand in for it")
     classifier = base.get_submodule(head.path)
-    build = partial(build_head, classifier, head, features=shape[1])
+    # an attention pool classifies its tokens, [B, L, C], before it takes one
+    features = shape[-1] if isinstance(classifier, nn.Linear) else shape[1]
+    build = partial(build_head, classifier, head, features=features)
     adapters.add_module("head", seeded(build, _seed_of(head.seed, "head"), base))
     for node in calls:
         node.target = f"{ADAPTERS}.head"

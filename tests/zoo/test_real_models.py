@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 
+import cadapt
 from cadapt.backbone import describe_model
 from cadapt.errors import CadaptError
 from cadapt.planning import plan_insertions
@@ -88,6 +89,15 @@ def test_models_without_residual_blocks_refuse_and_name_what_fits(name: str, sch
     with pytest.raises(CadaptError, match="has nothing to adapt under") as refusal:
         plan_insertions(backbone, scheme)
     assert "conv-par, conv-seq" in str(refusal.value.hint)
+
+
+@pytest.mark.parametrize("head_norm", [False, True])
+def test_a_fresh_head_stands_where_a_classifier_of_tokens_did(head_norm: bool) -> None:
+    with torch.device("meta"):
+        model = cadapt.insert(
+            timm.create_model("resnet50_clip").eval(), "linear", num_classes=3, head_norm=head_norm, head_dropout=0.2
+        )
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 3)
 
 
 def test_the_rotation_passes_through_every_model_and_scheme() -> None:
