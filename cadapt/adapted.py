@@ -49,6 +49,7 @@ class AdaptedModel(nn.Module):
         self.training_record: Mapping[str, Any] = {}
         self.graph = graph
         self.base_graph = base_graph
+        self._tuned = frozenset(plan.trainable)
         self._enabled = True
         self._run = _compile(self, graph)
         self._run_base = _compile(self, base_graph)
@@ -73,17 +74,22 @@ class AdaptedModel(nn.Module):
         return self
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
-        """What the adapter file holds: all trainable tensors, and the buffers that training changes."""
-        trained = {name: tensor.detach() for name, tensor in self.named_parameters() if tensor.requires_grad}
+        """What the adapter file holds: all tensors the plan trains, and the buffers that training changes.
+
+        By the plan, not by ``requires_grad``: who freezes a part for a while still saves it.
+        """
+        trained = {name: tensor.detach() for name, tensor in self.named_parameters() if self._is_planned(name)}
         for name, buffer in self.named_buffers():
             if name.startswith(f"{ADAPTERS}.") or (self.plan.bn_policy == "train" and _is_statistic(self, name)):
                 trained[name] = buffer.detach()
         return trained
 
+    def _is_planned(self, name: str) -> bool:
+        return name.startswith(f"{ADAPTERS}.") or name in self._tuned
+
     def _set_trainable(self) -> None:
-        tuned = set(self.plan.trainable)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith(f"{ADAPTERS}.") or name in tuned)
+            parameter.requires_grad_(self._is_planned(name))
 
     def _changing(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in self.trained_tensors().items() if not name.startswith(f"{ADAPTERS}.")}

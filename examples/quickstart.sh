@@ -24,7 +24,7 @@ show() {
 }
 
 show python "$examples/make_digits.py" digits
-show cadapt inspect "$weights"
+show cadapt inspect "$weights" --backbone test_resnet --img-size 32
 show cadapt insert test_resnet --checkpoint "$weights" --img-size 32 --scheme conv-par -o adapter.safetensors
 show cadapt train digits -m adapter.safetensors --epochs 12 --lr 1e-3 --batch-size 64 --augment none
 show cadapt eval digits/test -m adapter.safetensors --fail-under top1=0.9
