@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from cadapt.errors import UsageError
 from cadapt.plan import Plan
 from cadapt.preprocessing import Preprocessing
 
@@ -64,6 +65,16 @@ class AdaptedModel(nn.Module):
         result: torch.Tensor = run(self, x)
         return result
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the compiled functions, which cannot be pickled."""
+        return {key: value for key, value in vars(self).items() if key not in ("_run", "_run_base")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Compile them again."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._run = _compile(self, self.graph)
+        self._run_base = _compile(self, self.base_graph)
+
     def train(self, mode: bool = True) -> AdaptedModel:
         """Set train or eval mode; batch norms of the base keep their statistics where the plan freezes them."""
         super().train(mode)
@@ -96,8 +107,13 @@ class AdaptedModel(nn.Module):
 
 
 @contextmanager
-def disabled(model: AdaptedModel) -> Iterator[AdaptedModel]:
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Switch the adapters off: inside, the model computes exactly what its pristine base does.
+
+    The model may be wrapped by ``torch.compile`` or for distributed training.
+
+    Raises:
+        UsageError: there is no adapted model inside.
 
     >>> import cadapt, timm, torch
     >>> base = timm.create_model("test_resnet").eval()
@@ -107,14 +123,28 @@ def disabled(model: AdaptedModel) -> Iterator[AdaptedModel]:
     ...     torch.equal(adapted(x), base(x))
     True
     """
-    enabled = model._enabled
-    model._enabled = False
-    swapped = _swap(model, model._pristine) if enabled else {}
+    adapted = _unwrapped(model)
+    if not adapted._enabled:
+        yield model
+        return
+    tuned = _swap(adapted, adapted._pristine)
+    adapted._enabled = False
     try:
         yield model
     finally:
-        _swap(model, swapped)
-        model._enabled = enabled
+        adapted._enabled = True
+        _swap(adapted, tuned)
+
+
+def _unwrapped(model: nn.Module) -> AdaptedModel:
+    inner: Any = model
+    while not isinstance(inner, AdaptedModel):
+        # torch.compile's and DistributedDataParallel's names for what they wrap
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if wrapped is None:
+            raise UsageError(f"a {type(model).__name__} has no adapters to switch off", hint="cadapt.insert makes one")
+        inner = wrapped
+    return inner
 
 
 @torch.no_grad()

@@ -5,11 +5,12 @@ Every base gets an identity, the SHA-256 over its backbone's tensors, by which a
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from cadapt.hashing import hash_tensors
 from cadapt.known_checkpoints import recall_checkpoint, remember_checkpoint
 from cadapt.plan import Base, BaseSource
 from cadapt.preprocessing import Preprocessing
+from cadapt.probe import agree, probe
+from cadapt.seeding import seeded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,20 @@ def load_backbone(
         CadaptError: the hub cannot be reached, or the checkpoint does not fit the architecture.
         RefusedError: the checkpoint is damaged, or holds more than tensors.
     """
+    loaded = _load(name, checkpoint=checkpoint, pretrained=pretrained, seed=seed, img_size=img_size, settings=settings)
+    return _probed(loaded, loaded.model)
+
+
+def _load(
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    pretrained: bool = True,
+    seed: int = 0,
+    img_size: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Backbone:
+    """Build a timm model with its weights, its identity left without the probe."""
     check_architecture(name)
     arguments = _checked_settings(name, settings or {})
     if img_size is not None and _has_fixed_size(name):
@@ -94,17 +111,23 @@ def reload_backbone(
         RefusedError: what was found is not that base.
         CadaptError: its checkpoint is not found.
     """
-    path = checkpoint
-    if path is None and base.source == "checkpoint":
-        path = _find_checkpoint(base, near)
-    found = load_backbone(
-        base.name,
-        checkpoint=path,
-        pretrained=base.source in ("pretrained", "given"),
-        seed=base.seed or 0,
-        settings=base.settings,
-    )
-    return check_identity(Backbone(model=found.model, base=found.base, preprocessing=preprocessing), base)
+    wrong: RefusedError | None = None
+    for path in _candidates(base, checkpoint, near):
+        found = _load(
+            base.name,
+            checkpoint=path,
+            pretrained=base.source in ("pretrained", "given"),
+            seed=base.seed or 0,
+            settings=base.settings,
+        )
+        try:
+            return check_identity(replace(found, preprocessing=preprocessing), base)
+        except RefusedError as error:
+            # another file of the same name: the right one may still be where it was last seen
+            wrong = error
+    if wrong is not None:
+        raise wrong
+    raise CadaptError(f"cannot find the base's checkpoint {base.checkpoint}", hint="say where it is: --checkpoint FILE")
 
 
 def check_identity(found: Backbone, expected: Base) -> Backbone:
@@ -120,7 +143,25 @@ def check_identity(found: Backbone, expected: Base) -> Backbone:
             f"this {found.base.name} has {found.base.sha256[:12]}…",
             hint="give the file the adapter was made for: --checkpoint FILE",
         )
-    return Backbone(model=found.model, base=expected, preprocessing=found.preprocessing)
+    if expected.probe and not agree(probe(_at_rest(found.model), found.preprocessing.input_size), expected.probe):
+        raise RefusedError(
+            f"wrong base: this {found.base.name} has the right weights and computes something else",
+            hint="create it with the settings it was adapted with: global_pool, act_layer, output_stride …",
+        )
+    return replace(found, base=expected)
+
+
+def _probed(backbone: Backbone, model: nn.Module) -> Backbone:
+    """The backbone with what its model computes noted in its identity."""
+    values = probe(model, backbone.preprocessing.input_size)
+    return replace(backbone, base=replace(backbone.base, probe=values))
+
+
+def _at_rest(model: nn.Module) -> nn.Module:
+    """The model where it is in eval mode, else a copy that is: a mode is not ours to change, nor what it caches."""
+    if not any(module.training for module in model.modules()):
+        return model
+    return copy.deepcopy(model).eval()
 
 
 def describe_model(model: nn.Module, img_size: int | None = None) -> Backbone:
@@ -128,7 +169,7 @@ def describe_model(model: nn.Module, img_size: int | None = None) -> Backbone:
     config = getattr(model, "pretrained_cfg", None) or {}
     name = config.get("architecture") or type(model).__name__
     name = f"{name}.{config['tag']}" if config.get("tag") else name
-    return _identify(model, name, "given", img_size=img_size)
+    return _probed(_identify(model, name, "given", img_size=img_size), _at_rest(model))
 
 
 def classifier_path(model: nn.Module) -> str | None:
@@ -213,17 +254,35 @@ def _identify(
 def resolve_preprocessing(model: nn.Module, img_size: int | None = None) -> Preprocessing:
     """The preprocessing timm resolves for a model, at another input size where one is given."""
     config = resolve_data_config({}, model=model)
-    channels, height, width = config["input_size"]
+    _, height, width = config["input_size"]
     if img_size is not None:
         height = width = img_size
+    channels = _input_channels(model, config["input_size"][0])
     return Preprocessing(
         input_size=(channels, height, width),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
+        mean=_per_channel(config["mean"], channels),
+        std=_per_channel(config["std"], channels),
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
     )
+
+
+def _input_channels(model: nn.Module, usual: int) -> int:
+    """Channels of the pictures a model takes: its first conv knows, also where it was made for other than RGB."""
+    paths = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv")
+    path = paths if isinstance(paths, str) else next(iter(paths or ()), None)
+    if path is None or not _has_module(model, path):
+        return usual
+    first = model.get_submodule(path)
+    return first.in_channels if isinstance(first, nn.Conv2d) else usual
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """The values of RGB, or their mean for each channel of pictures with another number of them."""
+    if len(values) == channels:
+        return tuple(values)
+    return (sum(values) / len(values),) * channels
 
 
 def _create(name: str, **arguments: Any) -> nn.Module:
@@ -235,8 +294,7 @@ def _create(name: str, **arguments: Any) -> nn.Module:
 
 
 def _random(name: str, seed: int, arguments: Mapping[str, Any]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return _create(name, pretrained=False, **arguments)
 
 
@@ -274,13 +332,15 @@ def _classes_in(state: Mapping[str, torch.Tensor], head: str | None) -> int | No
     return 0 if head else None
 
 
-def _find_checkpoint(base: Base, near: Path | None) -> Path:
-    folders = [folder for folder in (near, Path.cwd()) if folder is not None]
-    for folder in folders:
-        candidate = folder / str(base.checkpoint)
-        if base.checkpoint and candidate.is_file():
-            return candidate
+def _candidates(base: Base, checkpoint: Path | None, near: Path | None) -> Iterator[Path | None]:
+    """Where a base's weights may be, the likeliest first; one None where they are no file."""
+    if checkpoint is not None or base.source != "checkpoint":
+        yield checkpoint
+        return
     remembered = recall_checkpoint(base.sha256)
     if remembered is not None:
-        return remembered
-    raise CadaptError(f"cannot find the base's checkpoint {base.checkpoint}", hint="say where it is: --checkpoint FILE")
+        yield remembered
+    for folder in (near, Path.cwd()):
+        candidate = None if folder is None or not base.checkpoint else folder / base.checkpoint
+        if candidate is not None and candidate.is_file() and candidate != remembered:
+            yield candidate

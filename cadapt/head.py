@@ -11,18 +11,18 @@ from torch import nn
 from cadapt.plan import Head
 
 
-def build_head(classifier: nn.Module, head: Head, features: int) -> nn.Module:
+def build_head(classifier: nn.Module, head: Head, *, features: int, on_maps: bool) -> nn.Module:
     """Make a head that can be called where ``classifier`` is.
 
     Args:
-        classifier: the base's own, whose kind (linear, or a 1×1 conv over pooled maps) the new one follows.
+        classifier: the base's own, copied where the head starts from it.
         head: classes, initialisation, and what stands before the classifier.
         features: channels of its input.
+        on_maps: whether that is pooled maps, and the classifier a 1×1 conv over them.
 
     Returns:
         Maps what the base's classifier is given to ``[B, num_classes]`` (or ``[B, num_classes, 1, 1]`` for a conv).
     """
-    on_maps = isinstance(classifier, nn.Conv2d)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if head.norm:
         layers["norm"] = LayerNorm2d(features) if on_maps else nn.LayerNorm(features)

@@ -132,6 +132,9 @@ def from_bundle(bundle: Bundle, backbone: Backbone, *, fresh: str | None = None)
     Raises:
         RefusedError: the tensors are not those the plan calls for.
     """
+    head = bundle.plan.head
+    if bundle.classes and (head is None or head.num_classes != len(bundle.classes)) and fresh is None:
+        raise RefusedError(f"damaged adapter: {len(bundle.classes)} class names for another number of outputs")
     model = operate(backbone, bundle.plan)
     expected = {
         name: tensor for name, tensor in model.trained_tensors().items() if fresh is None or not name.startswith(fresh)

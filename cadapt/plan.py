@@ -28,9 +28,11 @@ class Base:
     """Which backbone a plan was made for: enough to build it again, and to refuse any other.
 
     ``sha256`` is over the names, dtypes, shapes and bytes of the backbone's tensors, the classifier left out;
-    ``parameters`` counts the same tensors' parameters. ``checkpoint`` is a file name, never a path of somebody's
-    machine. ``seed`` is that of randomly initialised weights. ``settings`` are the keyword arguments the
-    architecture was created with, ``img_size`` for example. ``source`` "given" is a model made by the caller.
+    ``parameters`` counts the same tensors' parameters. ``probe`` is what the backbone computes from one fixed picture
+    (means of its features): the same tensors in a model created with other settings give others. ``checkpoint`` is a
+    file name, never a path of somebody's machine. ``seed`` is that of randomly initialised weights. ``settings`` are
+    the keyword arguments the architecture was created with, ``img_size`` for example. ``source`` "given" is a model
+    made by the caller.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Base:
     checkpoint: str | None = None
     seed: int | None = None
     settings: Mapping[str, Json] = field(default_factory=dict)
+    probe: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,25 @@ class Plan:
         values["head"] = None if record.get("head") is None else _read(Head, record["head"])
         values["insertions"] = tuple(_read_insertion(item) for item in _list(record, "insertions"))
         values["trainable"] = tuple(_list(record, "trainable"))
-        return _construct(cls, values)
+        return _in_range(_construct(cls, values))
+
+
+_MOST_CLASSES = 10_000_000
+_SEEDS = range(2**63)
+
+
+def _in_range(plan: Plan) -> Plan:
+    """Refuse what no plan of ours holds, before anything is built from it."""
+    head = plan.head
+    sound = {
+        "seed": plan.seed in _SEEDS and (plan.base.seed is None or plan.base.seed in _SEEDS),
+        "head": head is None
+        or (0 < head.num_classes <= _MOST_CLASSES and 0 <= head.dropout < 1 and head.seed in _SEEDS),
+    }
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise RefusedError(f"damaged plan: {name} is out of range")
+    return plan
 
 
 Value = TypeVar("Value")
@@ -134,6 +155,8 @@ def _read(cls: type[Value], record: object) -> Value:
 
 
 def _read_base(record: object) -> Base:
+    if isinstance(record, Mapping):
+        record = {**record, "probe": tuple(_list(record, "probe"))}
     base = _read(Base, record)
     if base.checkpoint is not None and base.checkpoint != PurePath(base.checkpoint).name:
         # it is joined to a folder later, and must not lead out of it

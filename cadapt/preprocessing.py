@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 from cadapt.errors import RefusedError
@@ -37,7 +38,7 @@ class Preprocessing:
         """
         try:
             channels, height, width = (int(size) for size in record["input_size"])
-            return cls(
+            read = cls(
                 input_size=(channels, height, width),
                 mean=tuple(float(value) for value in record["mean"]),
                 std=tuple(float(value) for value in record["std"]),
@@ -47,3 +48,23 @@ class Preprocessing:
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RefusedError(f"damaged preprocessing record: {error!r}") from error
+        return _checked(read)
+
+
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+_LARGEST_SIDE = 16_384
+
+
+def _checked(read: Preprocessing) -> Preprocessing:
+    channels = read.input_size[0]
+    sound = {
+        "input_size": all(0 < size <= _LARGEST_SIDE for size in read.input_size),
+        "mean": len(read.mean) == channels and all(map(isfinite, read.mean)),
+        "std": len(read.std) == channels and all(isfinite(value) and value > 0 for value in read.std),
+        "interpolation": read.interpolation in _INTERPOLATIONS,
+        "crop_pct": 0 < read.crop_pct <= 2,
+    }
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise RefusedError(f"damaged preprocessing record: {name} is {getattr(read, name)!r:.60}")
+    return read

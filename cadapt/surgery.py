@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,13 +18,14 @@ from torch import fx, nn
 from cadapt.adapted import ADAPTERS, AdaptedModel
 from cadapt.adapters import get_scheme
 from cadapt.backbone import Backbone
-from cadapt.errors import CadaptError, RefusedError
+from cadapt.errors import CadaptError, RefusedError, UsageError
 from cadapt.graph.operators import shape_of
 from cadapt.graph.sites import Located
 from cadapt.graph.splice import Splicer
 from cadapt.head import build_head
 from cadapt.plan import Head, Insertion, Plan
 from cadapt.planning import Survey, survey
+from cadapt.seeding import seeded
 from cadapt.site import Site
 
 
@@ -92,23 +92,25 @@ def _match(insertion: Insertion, located: Mapping[tuple[str, str, int], Located]
 
 def _make_adapter(insertion: Insertion, plan: Plan, base: nn.Module) -> nn.Module:
     method = get_scheme(insertion.scheme)
-    config = method.configure(insertion.config)
+    try:
+        config = method.configure(insertion.config)
+    except UsageError as error:
+        raise RefusedError(f"damaged plan: {error.message}") from error
     reason = method.fits(insertion.site, insertion.form, config)
     if reason is not None:
         raise RefusedError(f"cannot put {method.name} at '{insertion.site.name}': {reason}")
     seed = _seed_of(plan.seed, f"{insertion.scheme}:{insertion.site.kind}:{insertion.site.name}")
-    return seeded(partial(method.build, insertion.site, insertion.form, config), seed, base)
+    return _build_like(partial(method.build, insertion.site, insertion.form, config), seed, base)
 
 
-def seeded(build: Any, seed: int, like: nn.Module) -> nn.Module:
+def _build_like(build: Callable[[], nn.Module], seed: int, like: nn.Module) -> nn.Module:
     """Build a module under its own seed, then put it on a model's device, in its floating dtype."""
     parameter = next(like.parameters())
     if parameter.is_meta:
         with torch.device("meta"):
             module: nn.Module = build()
         return module.to(parameter.dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         module = build()
     return module.to(device=parameter.device, dtype=parameter.dtype)
 
@@ -125,7 +127,8 @@ def _attach(adapters: nn.Module, insertion: Insertion, adapter: nn.Module) -> st
     if not hasattr(adapters, scheme):
         adapters.add_module(scheme, nn.Module())
     group = adapters.get_submodule(scheme)
-    assert not hasattr(group, name), f"two adapters of {insertion.scheme} at {insertion.site.name}"
+    if hasattr(group, name):
+        raise RefusedError(f"damaged plan: two adapters of {insertion.scheme} at '{insertion.site.name}'")
     group.add_module(name, adapter)
     return path
 
@@ -148,9 +151,11 @@ def _splice_head(graph: fx.Graph, base: nn.Module, adapters: nn.Module, head: He
     if shape is None:
         raise CadaptError(f"the classifier '{head.path}' is not called by itself: a head cannot stand in for it")
     classifier = base.get_submodule(head.path)
-    # an attention pool classifies its tokens, [B, L, C], before it takes one
-    features = shape[-1] if isinstance(classifier, nn.Linear) else shape[1]
-    build = partial(build_head, classifier, head, features=features)
-    adapters.add_module("head", seeded(build, _seed_of(head.seed, "head"), base))
+    # a model without classes has an identity here: what it is given tells pooled maps [B, C, 1, 1] from features
+    # [B, C] and an attention pool's tokens [B, L, C]
+    on_maps = len(shape) == 4 and not isinstance(classifier, nn.Linear)
+    features = shape[1] if on_maps else shape[-1]
+    build = partial(build_head, classifier, head, features=features, on_maps=on_maps)
+    adapters.add_module("head", _build_like(build, _seed_of(head.seed, "head"), base))
     for node in calls:
         node.target = f"{ADAPTERS}.head"

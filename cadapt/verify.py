@@ -44,7 +44,8 @@ def check_insertion(backbone: Backbone, model: AdaptedModel, *, batch: int = 2, 
         CadaptError: switched off, the model is not its base bit for bit; nothing of it may be delivered.
     """
     size = backbone.preprocessing.input_size
-    images = torch.randn((batch, *size), generator=torch.Generator().manual_seed(seed))
+    like = next(backbone.model.parameters())
+    images = torch.randn((batch, *size), generator=torch.Generator().manual_seed(seed)).to(like.device, like.dtype)
     training = model.training
     model.eval()
     try:

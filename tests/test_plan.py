@@ -11,6 +11,7 @@ from cadapt.site import Site
 
 NAMES = st.text(min_size=1, max_size=12)
 SIZES = st.integers(min_value=1, max_value=4096)
+SEEDS = st.integers(0, 2**63 - 1)
 PAIRS = st.tuples(SIZES, SIZES)
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
@@ -48,7 +49,7 @@ BASES = st.builds(
     parameters=st.integers(min_value=0),
     sha256=NAMES,
     checkpoint=st.none() | st.just("resnet.pth") | NAMES.filter(lambda name: "/" not in name and name != "."),
-    seed=st.none() | st.integers(),
+    seed=st.none() | SEEDS,
     settings=SETTINGS,
 )
 HEADS = st.builds(
@@ -57,8 +58,8 @@ HEADS = st.builds(
     num_classes=SIZES,
     init=st.sampled_from(["new", "base"]),
     norm=st.booleans(),
-    dropout=st.floats(0, 1),
-    seed=st.integers(),
+    dropout=st.floats(0, 1, exclude_max=True),
+    seed=SEEDS,
 )
 PLANS = st.builds(
     Plan,
@@ -69,17 +70,25 @@ PLANS = st.builds(
     trainable=st.lists(NAMES, max_size=3).map(tuple),
     head=st.none() | HEADS,
     bn_policy=st.sampled_from(["frozen", "train"]),
-    seed=st.integers(),
+    seed=SEEDS,
 )
-PREPROCESSINGS = st.builds(
-    Preprocessing,
-    input_size=st.tuples(SIZES, SIZES, SIZES),
-    mean=st.lists(NUMBERS, min_size=1, max_size=4).map(tuple),
-    std=st.lists(NUMBERS, min_size=1, max_size=4).map(tuple),
-    interpolation=NAMES,
-    crop_pct=NUMBERS,
-    crop_mode=NAMES,
-)
+POSITIVE = st.floats(min_value=1e-6, max_value=2)
+
+
+@st.composite
+def preprocessings(draw):
+    channels = draw(st.integers(1, 4))
+    return Preprocessing(
+        input_size=(channels, draw(SIZES), draw(SIZES)),
+        mean=tuple(draw(st.lists(NUMBERS, min_size=channels, max_size=channels))),
+        std=tuple(draw(st.lists(POSITIVE, min_size=channels, max_size=channels))),
+        interpolation=draw(st.sampled_from(["bilinear", "bicubic", "nearest"])),
+        crop_pct=draw(POSITIVE),
+        crop_mode=draw(NAMES),
+    )
+
+
+PREPROCESSINGS = preprocessings()
 
 
 @given(plan=PLANS)
@@ -197,7 +206,7 @@ def test_a_forged_value_is_refused_by_its_field(part, change, said):
         base=Base(name="resnet", source="random", parameters=1, sha256="0"),
         scheme="res-seq",
         insertions=(Insertion(site=site, scheme="res-seq", form="sequential"),),
-        head=Head(path="fc", num_classes=2, dropout=1),
+        head=Head(path="fc", num_classes=2, dropout=0),
     )
     record = json.loads(json.dumps(plan.to_json()))
     assert Plan.from_json(record) == plan

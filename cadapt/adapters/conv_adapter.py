@@ -22,6 +22,8 @@ from cadapt.plan import Form
 from cadapt.site import Pair, Site
 
 DEFAULT_GAMMA = 4
+_LARGEST_KERNEL = 63
+_LARGEST_ALPHA = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,10 @@ class ConvAdapterConfig:
     def __post_init__(self) -> None:
         if self.gamma is not None and self.gamma < 1:
             raise UsageError(f"γ is {self.gamma}, expected 1 or more", hint="try --gamma 4")
-        if self.kernel is not None and self.kernel < 1:
-            raise UsageError(f"kernel is {self.kernel}, expected 1 or more", hint="try --kernel 3")
+        if self.kernel is not None and not 1 <= self.kernel <= _LARGEST_KERNEL:
+            raise UsageError(f"kernel is {self.kernel}, expected 1 to {_LARGEST_KERNEL}", hint="try --kernel 3")
+        if not abs(self.alpha_init) < _LARGEST_ALPHA:
+            raise UsageError(f"alpha_init is {self.alpha_init:g}, expected a number", hint="try --set alpha_init=1")
         if self.activation is not None and self.activation != "identity":
             _check_activation(self.activation)
 
@@ -115,7 +119,8 @@ class ConvAdapter(nn.Module):
             x = x.permute(0, 3, 1, 2)
         delta: torch.Tensor = self.pointwise(self.activation(self.depthwise(x)))
         if self.alpha is not None:
-            delta = self.alpha * delta
+            # in the dtype of Δ: under autocast an fp32 α would drag all that follows the joint back to fp32
+            delta = self.alpha.to(delta.dtype) * delta
         elif self.fixed_alpha != 1.0:
             delta = self.fixed_alpha * delta
         return delta.permute(0, 2, 3, 1) if self.channels_last_layout else delta

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from cadapt.errors import CadaptError
 from cadapt.meta import meta_copy
@@ -118,6 +117,7 @@ def trace(model: nn.Module) -> fx.Graph:
             culprit = _mode_dependent(graph, other)
             if culprit is None:
                 _drop_default_arguments(graph)
+                _require_no_constants(graph, model)
                 return graph
             reason = "its graph in train mode is another than in eval mode"
         else:
@@ -141,6 +141,18 @@ def _mode_dependent(graph: fx.Graph, other: fx.Graph) -> type | None:
 
 def _signature(node: fx.Node) -> tuple[Any, ...]:
     return node.op, node.target, str(node.args), str(node.kwargs)
+
+
+def _require_no_constants(graph: fx.Graph, model: nn.Module) -> None:
+    """A tensor that is neither parameter nor buffer has no place in the state, and none in a copy of the model."""
+    named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    named |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in named:
+            raise CadaptError(
+                f"cannot trace {type(model).__name__}: it computes with a tensor that is neither parameter nor buffer "
+                f"('{node.target}', first used by '{next(iter(node.users)).name}')"
+            )
 
 
 def _drop_default_arguments(graph: fx.Graph) -> None:
@@ -178,11 +190,42 @@ def record_shapes(graph: fx.Graph, model: nn.Module, input_size: tuple[int, ...]
         CadaptError: the model refuses that input size.
     """
     twin = meta_copy(model)
-    runner = ShapeProp(fx.GraphModule(twin, graph))
-    example = torch.empty((batch, *input_size), device="meta")
+    floating = (item.dtype for item in model.parameters() if item.is_floating_point())
+    example = torch.empty((batch, *input_size), device="meta", dtype=next(floating, torch.float32))
+    runner = _ShapeRecorder(fx.GraphModule(twin, graph))
     try:
         with torch.no_grad():
-            runner.propagate(example)
+            runner.run(example)
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "×".join(str(value) for value in input_size)
-        raise CadaptError(f"the model does not run on {size} input: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CadaptError(
+            f"the model does not run on {size} input, at '{runner.at}': {reason}", hint="try another --img-size"
+        ) from error
+
+
+class _ShapeRecorder(fx.Interpreter):
+    """Runs a graph and notes what each node gave; ``at`` is the node it was at, for the message when one fails."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.at = ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and note its tensor's shape."""
+        self.at = str(n.target) if n.op == "call_module" else n.name
+        result = super().run_node(n)
+        n.meta["tensor_meta"] = _noted(result)
+        return result
+
+
+@dataclass(frozen=True)
+class _Noted:
+    shape: torch.Size
+
+
+def _noted(result: Any) -> Any:
+    if isinstance(result, torch.Tensor):
+        return _Noted(result.shape)
+    return tuple(_noted(item) for item in result) if isinstance(result, tuple | list) else None

@@ -70,6 +70,8 @@ def merge(
     _require_equal(exact, adapted)
     effect = _effect(adapted, batch)
     merged.to(dtype)
+    # what the scheme tuned of the base can still be switched off
+    merged._pristine = {name: value.to(dtype) for name, value in adapted._pristine.items()}
     if any(row.status == "exact" for row in rows):
         merged.plan = replace(merged.plan, base=_identify(merged))
     rounded = _compare(adapted.to(dtype), merged, batch.to(dtype))
@@ -238,6 +240,7 @@ def _identify(merged: AdaptedModel) -> Base:
         sha256=hash_tensors(tensors.items()),
         checkpoint=None,
         seed=None,
+        probe=(),
     )
 
 
