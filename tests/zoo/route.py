@@ -24,7 +24,7 @@ from cadapt.export.verify import open_session
 from cadapt.files import write_atomically
 from cadapt.jobs import TaskOptions, TrainJob, trained_model
 from cadapt.library import from_bundle, to_bundle
-from cadapt.planning import plan_insertions, survey
+from cadapt.planning import plan_insertions, survey, with_head
 from cadapt.surgery import operate
 from cadapt.train import TrainConfig, TrainResult
 from cadapt.verify import InsertionCheck, check_insertion
@@ -39,14 +39,17 @@ _TRAIN, _TEST = 2, 1
 class Route:
     """What one way from insertion to ONNX showed.
 
-    ``moved`` is how many of ``adapters`` one step changed; ``reloaded`` says that the file gives the model that wrote
-    it, bit for bit. Errors of the ONNX file and of torch itself are against fp64 on real pictures, relative
-    to how far logits move between pictures, as is ``effect``, what the adapters do to them.
+    ``loss_before`` and ``loss_after`` are of the inserted and the trained model in eval mode, ``loss_in_step`` what
+    the engine said of its one step. ``moved`` is how many of ``adapters`` one step changed; ``reloaded`` says that
+    the file gives the model that wrote it, bit for bit. Errors of the ONNX file and of torch itself are against fp64
+    on real pictures, relative to how far logits move between pictures, as is ``effect``, what the adapters do to
+    them.
     """
 
     insertion: InsertionCheck
     steps: int
     loss_before: float
+    loss_in_step: float
     loss_after: float
     adapters: int
     moved: int
@@ -98,13 +101,16 @@ def travel(name: str, scheme: str, pictures: Path, folder: Path) -> Route:
     save_file({key: tensor.contiguous() for key, tensor in cached_base(name).state_dict().items()}, weights)
     base = load_backbone(name, checkpoint=weights, img_size=ARCHITECTURES[name].side)
     check = _insert(base, scheme, file)
-    first = load_bundle(file).tensors
+    first = load_bundle(file)
+    start = operate(base, with_head(first.plan, base, len(CLASSES), seed=0)).eval()
     result = _train(file, pictures, folder / "run", weights)
     bundle = load_bundle(file)
-    changed = {key.split(".")[2] for key, tensor in first.items() if not torch.equal(tensor, bundle.tensors[key])}
+    changed = {
+        key.split(".")[2] for key, tensor in first.tensors.items() if not torch.equal(tensor, bundle.tensors[key])
+    }
     model = trained_model(bundle, checkpoint=weights)
     images, labels = _read(model, pictures / "train")
-    loss_after = float(functional.cross_entropy(_run(model, images), labels))
+    before, after = (float(functional.cross_entropy(_run(item, images), labels)) for item in (start, model))
     # one step moves adapters too little to be told from rounding: go on as if after many
     wake(model.adapters)
     cadapt.save(model, file, overwrite=True)
@@ -113,8 +119,9 @@ def travel(name: str, scheme: str, pictures: Path, folder: Path) -> Route:
     return Route(
         insertion=check,
         steps=result.steps,
-        loss_before=result.loss_curve[0],
-        loss_after=loss_after,
+        loss_before=before,
+        loss_in_step=result.loss_curve[0],
+        loss_after=after,
         adapters=len(bundle.plan.insertions),
         moved=len(changed),
         reloaded=torch.equal(_run(again, images), _run(model, images)) and again.classes == CLASSES,
