@@ -8,10 +8,9 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 from cadapt.adapters import SCHEMES
-from cadapt.backbone import Backbone, check_architecture, describe_model, load_backbone
+from cadapt.backbone import Backbone, check_architecture, load_backbone
 from cadapt.costing import cost
 from cadapt.errors import UsageError
 from cadapt.planning import Survey, fitting_schemes, plan_insertions, survey
@@ -76,11 +75,6 @@ def describe_architecture(name: str, img_size: int | None = None) -> ModelSummar
     with torch.device("meta"):
         backbone = load_backbone(name, pretrained=False, img_size=img_size)
     return summarise(backbone)
-
-
-def describe_module(model: nn.Module) -> ModelSummary:
-    """Describe a model from timm that the caller made."""
-    return summarise(describe_model(model))
 
 
 def summarise(backbone: Backbone) -> ModelSummary:

@@ -17,30 +17,23 @@ from cadapt.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """How to mix: the Beta distributions' parameters (0 is off), how often, and label smoothing (0 to 1).
+    """How to mix: the Beta distributions' parameters (0 is off); where both are on, each batch gets one by even chance.
 
-    ``probability`` is the share of batches that are mixed; ``switch_probability`` the share of those that get CutMix
-    where both are on.
+    Labels are smoothed in the loss, not here.
     """
 
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
-    probability: float = 1.0
-    switch_probability: float = 0.5
-    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: got {getattr(self, name)}, expected 0 (off) or more")
-        for name in ("probability", "switch_probability", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name}: got {getattr(self, name)}, expected 0 to 1")
 
     @property
     def active(self) -> bool:
         """Whether batches are mixed at all."""
-        return self.probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
 def mix_batch(
@@ -61,9 +54,9 @@ def mix_batch(
     mixer = Mixup(
         mixup_alpha=mixing.mixup_alpha,
         cutmix_alpha=mixing.cutmix_alpha,
-        prob=mixing.probability,
-        switch_prob=mixing.switch_probability,
-        label_smoothing=mixing.label_smoothing,
+        prob=1.0,
+        switch_prob=0.5,
+        label_smoothing=0.0,
         num_classes=classes,
     )
     mixer.mixup_enabled = mixing.active
@@ -72,6 +65,6 @@ def mix_batch(
         seed_generators(derive_seed("mixup", seed, epoch, step))
         mixed, targets = mixer(images[:paired].clone(), labels[:paired])
     if paired < len(images):
-        alone = mixup_target(labels[-1:], classes, smoothing=mixing.label_smoothing)
+        alone = mixup_target(labels[-1:], classes)
         mixed, targets = torch.cat([mixed, images[-1:]]), torch.cat([targets, alone])
     return mixed, targets
