@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import stat
 import sys
@@ -180,6 +181,8 @@ def print_path(output: str, *, as_json: bool) -> None:
 def print_json(record: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout; NaN and infinities, which JSON cannot say, are null."""
     text = json.dumps(_sayable(record), indent=2, ensure_ascii=False, allow_nan=False)
+    # JSON leaves these as they are, and a terminal may obey them
+    text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found.group()):04x}", text)
     # a file name that is no UTF-8 keeps its bytes as escapes
     _to_stdout(text.encode(errors="backslashreplace") + b"\n")
 

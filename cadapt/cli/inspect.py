@@ -9,7 +9,7 @@ import typer
 
 from cadapt.cli._options import AsJson, Quiet
 from cadapt.cli._streams import find_adapter, naming_stdin, print_json
-from cadapt.errors import CadaptError, UsageError
+from cadapt.errors import CadaptError, RefusedError, UsageError
 
 EXAMPLE = "cadapt inspect resnet50 --sites; cadapt inspect 'convnext*'; cadapt inspect adapter.safetensors"
 _CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".tar")
@@ -88,17 +88,21 @@ def _inspect_file(
 
 def _is_adapter(path: Path) -> bool:
     """Whether a safetensors file says it is an adapter; a damaged one is for the adapter's reader to refuse."""
-    import json
+    try:
+        return "cadapt" in _metadata(path)
+    except RefusedError:
+        return True
 
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    from cadapt.bundle.container import LENGTH_BYTES, check_length, parse_header
+
+    size = path.stat().st_size
     with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if length > path.stat().st_size:
-            return True
-        try:
-            header = json.loads(handle.read(length))
-        except ValueError:
-            return True
-    return isinstance(header, dict) and "cadapt" in (header.get("__metadata__") or {})
+        length = check_length(handle.read(LENGTH_BYTES + 1), size)
+        handle.seek(LENGTH_BYTES)
+        return dict(parse_header(handle.read(length), size).metadata)
 
 
 def _show_adapter(content: Path | bytes, name: str, *, as_json: bool, quiet: bool) -> None:
@@ -130,7 +134,7 @@ def _show_checkpoint(
     if sites:
         raise UsageError(f"the sites of {path} are its model's", hint=f"cadapt inspect {path} --backbone MODEL --sites")
     tensors = read_checkpoint(path)
-    facts = {
+    facts: dict[str, Any] = {
         "tensors": len(tensors),
         "values": sum(item.numel() for item in tensors.values()),
         "bytes": path.stat().st_size,
@@ -138,4 +142,6 @@ def _show_checkpoint(
         "first": next(iter(tensors)),
         "last": next(reversed(tensors)),
     }
+    if path.suffix == ".safetensors":
+        facts["metadata"] = _metadata(path)
     _give({"schema": 1, "kind": "checkpoint", **facts}, as_json, quiet, lambda: show_facts(f"{path}: weights", facts))

@@ -105,6 +105,7 @@ def _fail(error: Exception, *, debug: bool) -> int:
     """Show an error that the user can mend and return its exit code; any other goes on, with its traceback."""
     from cadapt.cli._errors import explain
     from cadapt.cli._streams import StdoutError
+    from cadapt.report.console import printable
 
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]
@@ -116,9 +117,9 @@ def _fail(error: Exception, *, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(f"cadapt: error: {known.message}", file=sys.stderr)
+    print(f"cadapt: error: {printable(known.message)}", file=sys.stderr)
     if known.hint:
-        print(f"  hint: {known.hint}", file=sys.stderr)
+        print(f"  hint: {printable(known.hint)}", file=sys.stderr)
     if isinstance(error, StdoutError):
         _give_up_stdout()
     return known.exit_code

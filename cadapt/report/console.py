@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import re
+
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+# what a terminal obeys in place of showing it: control characters, among them the escape that begins a command; line
+# breaks, which would forge a line of ours; marks that turn the direction of writing; halves of surrogate pairs
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Untrusted text in one line that no terminal obeys: its control characters are shown as escapes.
+
+    >>> print(printable("cat\x1b]0;title\x07"))
+    cat\x1b]0;title\x07
+    """
+    return _OBEYED.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def literal(text: str) -> str:
+    """Untrusted text for a console with markup: :func:`printable`, and its square brackets mean nothing."""
+    return escape(printable(text))
 
 
 def stderr_console() -> Console:

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
-from cadapt.report.console import amount, count, new_table, percent, stderr_console
+from cadapt.report.console import amount, count, literal, new_table, percent, stderr_console
 
 if TYPE_CHECKING:
     from cadapt.bundle import Header
     from cadapt.describe import ModelSummary
+
+_LONGEST = 1000
 
 
 def show_model(summary: ModelSummary, *, sites: bool) -> None:
@@ -20,16 +20,16 @@ def show_model(summary: ModelSummary, *, sites: bool) -> None:
     console = stderr_console()
     size = "×".join(map(str, summary.input_size))
     console.print(
-        f"[bold]{escape(summary.name)}[/]: {count(summary.parameters)} parameters, "
+        f"[bold]{literal(summary.name)}[/]: {count(summary.parameters)} parameters, "
         f"{summary.macs / 1e9:.2f} GMAC at {size}"
     )
     counts = Counter(site.kind for site in summary.sites)
-    console.print("sites: " + ", ".join(f"{number} {kind}" for kind, number in counts.items()) or "none")
+    console.print("sites: " + (", ".join(f"{number} {kind}" for kind, number in counts.items()) or "none"))
     if summary.stages:
         table = new_table("stage", "path", "blocks>", "convs>", "gives")
         for stage in summary.stages:
             shape = "×".join(map(str, stage.out_shape))
-            table.add_row(str(stage.index), escape(stage.path), str(stage.blocks), str(stage.convs), shape)
+            table.add_row(str(stage.index), literal(stage.path), str(stage.blocks), str(stage.convs), shape)
         console.print(table)
     if sites:
         console.print(_site_table(summary))
@@ -41,7 +41,7 @@ def _site_table(summary: ModelSummary) -> Any:
     table = new_table("site", "kind", "in", "out", "layout", "K", "stride>", "groups>", "σ", "stage>", "operator")
     for site in summary.sites:
         table.add_row(
-            escape(site.name),
+            literal(site.name),
             site.kind,
             "×".join(map(str, site.in_shape)),
             "×".join(map(str, site.out_shape)),
@@ -60,7 +60,7 @@ def _scheme_table(summary: ModelSummary) -> Any:
     table = new_table("scheme", "sites>", "trainable>", "%>", "MACs added>", "activations>", "")
     for scheme in summary.schemes:
         if scheme.reason is not None:
-            table.add_row(scheme.name, "–", "–", "–", "–", "–", f"does not fit: {escape(scheme.reason)}")
+            table.add_row(scheme.name, "–", "–", "–", "–", "–", f"does not fit: {literal(scheme.reason)}")
             continue
         table.add_row(
             scheme.name,
@@ -79,7 +79,7 @@ def show_listing(found: Sequence[Mapping[str, Any]]) -> None:
     table = new_table("model", "input", "weights")
     for item in found:
         size = "×".join(map(str, item["input_size"] or ()))
-        table.add_row(item["name"], size, escape(", ".join(item["weights"]) or "none"))
+        table.add_row(item["name"], size, literal(", ".join(item["weights"]) or "none"))
     console = stderr_console()
     console.print(table)
     console.print(f"{len(found)} models")
@@ -104,23 +104,29 @@ def show_header(header: Header, name: str) -> None:
         "format": f"version {header.format_version}, written by cadapt {header.cadapt_version}",
         "size": amount(header.file_bytes),
     }
-    console.print(f"[bold]{escape(name)}[/]: an adapter")
+    console.print(f"[bold]{literal(name)}[/]: an adapter")
     table = new_table("", "")
     table.show_header = False
     for key, value in rows.items():
-        table.add_row(key, escape(value))
+        table.add_row(key, literal(value))
     for key, value in header.training.items():
-        table.add_row(f"training: {key}", escape(str(value)))
+        table.add_row(literal(f"training: {key}"), literal(str(value)))
     console.print(table)
 
 
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:
     """Show a record of simple facts, a line each."""
     console = stderr_console()
-    console.print(f"[bold]{escape(title)}[/]")
+    console.print(f"[bold]{literal(title)}[/]")
     table = new_table("", "")
     table.show_header = False
     for key, value in facts.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        table.add_row(key.replace("_", " "), escape(shown))
+        name = key.replace("_", " ")
+        # a record within: what a file says of itself, under names of its own
+        rows = (
+            {f"{name}: {inner}": item for inner, item in value.items()} if isinstance(value, Mapping) else {name: value}
+        )
+        for label, item in rows.items():
+            shown = ", ".join(map(str, item)) if isinstance(item, list | tuple) else str(item)
+            table.add_row(literal(label), literal(shown[:_LONGEST] + ("…" if len(shown) > _LONGEST else "")))
     console.print(table)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
-from cadapt.report.console import count, new_table, percent, stderr_console
+from cadapt.report.console import count, literal, new_table, percent, stderr_console
 
 if TYPE_CHECKING:
     from cadapt.jobs import Evaluated
@@ -31,7 +29,7 @@ def show_evaluated(evaluated: Evaluated) -> None:
         return
     table = new_table("weakest classes", "pictures>", "right>")
     for item in weakest[:_SHOWN]:
-        table.add_row(escape(item.name), count(item.images), percent(item.recall or 0.0, 1))
+        table.add_row(literal(item.name), count(item.images), percent(item.recall or 0.0, 1))
     console.print(table)
     _show_confusions(evaluated)
 
@@ -39,11 +37,11 @@ def show_evaluated(evaluated: Evaluated) -> None:
 def _show_matching(evaluated: Evaluated) -> None:
     match, console = evaluated.match, stderr_console()
     if match.missing_in_data:
-        console.print(f"no pictures of: {escape(_names(match.missing_in_data))}", style="yellow")
+        console.print(f"no pictures of: {literal(_names(match.missing_in_data))}", style="yellow")
     if match.unknown_to_model:
         console.print(
             f"unknown to the model, {count(evaluated.dropped)} pictures left out: "
-            f"{escape(_names(match.unknown_to_model))}",
+            f"{literal(_names(match.unknown_to_model))}",
             style="yellow",
         )
 
@@ -55,10 +53,10 @@ def _names(names: tuple[str, ...]) -> str:
 
 def _show_matrix(evaluated: Evaluated) -> None:
     names = [item.name for item in evaluated.result.per_class]
-    table = new_table("true ╲ predicted", *(f"{escape(name)}>" for name in names), "right>")
+    table = new_table("true ╲ predicted", *(f"{literal(name)}>" for name in names), "right>")
     for name, row, item in zip(names, evaluated.result.confusion or (), evaluated.result.per_class, strict=True):
         share = "–" if item.recall is None else percent(item.recall, 1)
-        table.add_row(escape(name), *(str(value) if value else "·" for value in row), share)
+        table.add_row(literal(name), *(str(value) if value else "·" for value in row), share)
     stderr_console().print(table)
 
 
@@ -74,5 +72,5 @@ def _show_confusions(evaluated: Evaluated) -> None:
         return
     table = new_table("most confused", "taken for", "pictures>")
     for value, true, predicted in sorted(pairs, reverse=True)[:_SHOWN]:
-        table.add_row(escape(true), escape(predicted), count(value))
+        table.add_row(literal(true), literal(predicted), count(value))
     stderr_console().print(table)

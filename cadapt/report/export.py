@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cadapt.report.console import amount, new_table, percent, stderr_console
+from cadapt.report.console import amount, new_table, percent, printable, stderr_console
 
 if TYPE_CHECKING:
     from cadapt.export import ExportReport
@@ -15,7 +15,7 @@ def show_shipped(shipped: Shipment, output: str) -> None:
     """Show what was written, after the checks it passed."""
     if shipped.report is not None:
         show_export(shipped.report)
-    where = "stdout" if output == "-" else output
+    where = "stdout" if output == "-" else printable(output)
     stderr_console().print(f"wrote {where} ({amount(len(shipped.data))})", markup=False)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
-
 from cadapt.adapted import ADAPTERS, AdaptedModel
 from cadapt.plan import Insertion
-from cadapt.report.console import amount, count, new_table, percent, stderr_console
+from cadapt.report.console import amount, count, literal, new_table, percent, stderr_console
 from cadapt.surgery import adapter_path
 from cadapt.verify import InsertionCheck
 
@@ -15,7 +13,7 @@ def show_plan(model: AdaptedModel) -> None:
     """Show what goes where, with the parameters of each adapter."""
     plan = model.plan
     console = stderr_console()
-    console.print(f"[bold]{escape(plan.scheme)}[/] on {escape(plan.base.name)} ({plan.base.source}), "
+    console.print(f"[bold]{literal(plan.scheme)}[/] on {literal(plan.base.name)} ({plan.base.source}), "
                   f"input {'×'.join(map(str, model.preprocessing.input_size))}")  # fmt: skip
     if plan.insertions:
         table = new_table("site", "kind", "form", "in", "out", "K>", "stride>", "σ", "parameters>")
@@ -37,7 +35,7 @@ def _row(model: AdaptedModel, insertion: Insertion) -> tuple[str, ...]:
     adapter = model.get_submodule(adapter_path(insertion))
     kernel = "" if site.kernel is None else "×".join(map(str, site.kernel))
     return (
-        escape(site.name),
+        literal(site.name),
         site.kind,
         insertion.form,
         "×".join(map(str, site.in_shape)),
@@ -55,5 +53,5 @@ def show_check(check: InsertionCheck, output: str, size: int) -> None:
     where = "stdout" if output == "-" else output
     stderr_console().print(
         f"checked on a random batch of {check.batch}: {seen}; bit-identical with the adapters off\n"
-        f"wrote {escape(where)} ({amount(size)})"
+        f"wrote {literal(where)} ({amount(size)})"
     )

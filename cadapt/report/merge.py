@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
-from cadapt.report.console import amount, count, new_table, percent
+from cadapt.report.console import amount, count, literal, new_table, percent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +24,7 @@ def show_merge(report: MergeReport, console: Console) -> None:
     if report.sites:
         console.print(_table(report))
     for line in summary_lines(report):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(literal(line), highlight=False, soft_wrap=True)
 
 
 def summary_lines(report: MergeReport) -> tuple[str, ...]:
@@ -56,7 +54,7 @@ def _comparison(found: EndToEnd, dtype: str, *, with_effect: bool) -> str:
 
 
 def _table(report: MergeReport) -> Any:
-    title = escape(f"{report.base} with {report.scheme}")
+    title = literal(f"{report.base} with {report.scheme}")
     table = new_table("site", "scheme", "status", "error fp64>", "error fp32>", "effect>", "reason", title=title)
     for row in report.sites:
         table.add_row(*_cells(row))
@@ -66,7 +64,7 @@ def _table(report: MergeReport) -> Any:
 def _cells(row: SiteMerge) -> tuple[str, ...]:
     figures = (_figure(value) for value in (row.error_fp64, row.error_fp32, row.effect))
     status = f"[{_COLOURS[row.status]}]{row.status}[/]"
-    return (escape(row.site), escape(row.scheme), status, *figures, escape(row.reason or row.note))
+    return (literal(row.site), literal(row.scheme), status, *figures, literal(row.reason or row.note))
 
 
 def _figure(value: float | None) -> str:

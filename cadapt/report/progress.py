@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, TextIO
 
+from cadapt.report.console import printable
 from cadapt.train.events import EpochDone, Event, Notice, RunStarted, Saved, StepDone
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class _Sparse:
             return
         if isinstance(event, StepDone | EpochDone):
             self._wrote_at = self._clock()
-        print(line_of(event), file=self._stream, flush=True)
+        print(printable(line_of(event)), file=self._stream, flush=True)
 
 
 class _Live:
@@ -145,7 +146,7 @@ class _Live:
         if isinstance(event, Saved):
             return
         if not isinstance(event, StepDone):
-            self._console.print(line_of(event), markup=False)
+            self._console.print(printable(line_of(event)), markup=False)
             return
         self._bar.update(
             self._task,

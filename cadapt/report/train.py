@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from cadapt.report.console import amount, count, percent, stderr_console
+from cadapt.report.console import amount, count, literal, percent, stderr_console
 
 if TYPE_CHECKING:
     from cadapt.jobs import Trained
@@ -47,4 +46,4 @@ def show_trained(trained: Trained, output: str, size: int, folder: Path) -> None
     if skipped:
         console.print(f"{count(len(skipped))} unreadable pictures left out", style="yellow")
     where = "stdout" if output == "-" else output
-    console.print(f"wrote {escape(where)} ({amount(size)}); the run is in {escape(str(folder))}")
+    console.print(f"wrote {literal(where)} ({amount(size)}); the run is in {literal(str(folder))}")
