@@ -49,8 +49,10 @@ def command(
     lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate of AdamW [0.001].")] = None,
     weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="AdamW's [0.0001].")] = None,
     warmup_epochs: Annotated[int | None, typer.Option("--warmup-epochs", help="Linear warm-up [10].")] = None,
-    val: Annotated[str | None, typer.Option("--val", help="Validate on this source instead.")] = None,
-    val_split: Annotated[float | None, typer.Option("--val-split", help="Share held out, by class [0.1].")] = None,
+    val: Annotated[str | None, typer.Option("--val", help="Choose the best epoch on this source.")] = None,
+    val_split: Annotated[
+        float | None, typer.Option("--val-split", help="Share held out, by class, if there is no val/ [0.1].")
+    ] = None,
     shots: Annotated[int | None, typer.Option("--shots", help="Train on so many pictures a class.")] = None,
     augment: Annotated[
         str | None, typer.Option("--augment", help="none, light, structured, standard or strong [light].")

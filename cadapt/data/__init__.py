@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING, Any
 from cadapt.data.classes import ClassMatch, match_classes
 from cadapt.data.folder import Images, ImageSet, find_images
 from cadapt.data.images import BadImage, UnreadableImage, check_images, read_image
-from cadapt.data.source import (
-    EvaluationData,
-    TrainingData,
-    UnreadableImages,
-    open_evaluation_data,
-    open_training_data,
-)
+from cadapt.data.readable import UnreadableImages
+from cadapt.data.source import EvaluationData, TrainingData, open_evaluation_data, open_training_data
 from cadapt.data.split import FewShot, few_shot, split_images
 
 if TYPE_CHECKING:

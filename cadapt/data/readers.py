@@ -25,7 +25,9 @@ from cadapt.errors import CadaptError, RefusedError, UsageError, close_matches
 
 PREFIXES = ("wds", "hfds", "torch")
 TRAIN_SPLITS = ("train", "training")
-HELD_OUT_SPLITS = ("val", "valid", "validation", "test")
+VALIDATION_SPLITS = ("val", "valid", "validation")
+TEST_SPLITS = ("test",)
+HELD_OUT_SPLITS = (*VALIDATION_SPLITS, *TEST_SPLITS)
 _EXTRAS = {"wds": "webdataset", "hfds": "datasets"}
 
 

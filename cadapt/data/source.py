@@ -1,8 +1,9 @@
 """Opens what a user names as data, checks all of it, and splits it: the way from a command's argument to pictures.
 
 A source is a folder with one subfolder per class, a folder with such folders in ``train/`` and ``val/`` (or ``valid/``,
-``validation/``, ``test/``), or a data set behind one of timm's readers (``wds/FOLDER``, ``hfds/NAME``, ``torch/NAME``,
-each perhaps with ``@ROOT`` and ``#SPLIT`` after it). Training and evaluation begin here.
+``validation/``) and ``test/``, or a data set behind one of timm's readers (``wds/FOLDER``, ``hfds/NAME``,
+``torch/NAME``, each perhaps with ``@ROOT`` and ``#SPLIT`` after it). Training never looks at ``test/`` unless told to:
+a figure on pictures that the best epoch was chosen by is too good.
 """
 
 from __future__ import annotations
@@ -10,39 +11,39 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from cadapt.data.classes import match_classes
 from cadapt.data.folder import Images, ImageSet, find_images, listed, require_folder, visible_folders
-from cadapt.data.images import BadImage, Progress, check_each
-from cadapt.data.readers import HELD_OUT_SPLITS, PREFIXES, TRAIN_SPLITS, find_split, open_reader, parse_reader
+from cadapt.data.images import Progress
+from cadapt.data.readable import readable_parts
+from cadapt.data.readers import (
+    HELD_OUT_SPLITS,
+    PREFIXES,
+    TEST_SPLITS,
+    TRAIN_SPLITS,
+    VALIDATION_SPLITS,
+    find_split,
+    open_reader,
+    parse_reader,
+)
 from cadapt.data.split import few_shot, sha256_of_samples, split_images
 from cadapt.errors import RefusedError, UsageError
 
 
-class UnreadableImages(RefusedError):
-    """Data with files that cannot be decoded: all of them in ``files``, the first twenty in the message."""
-
-    def __init__(self, files: Sequence[BadImage], total: int) -> None:
-        lines = [f"{bad.path} ({bad.reason})" for bad in files]
-        super().__init__(
-            f"{len(files)} of {total} images cannot be read: {listed(lines)}",
-            hint="replace or remove them, or leave them out with --skip-bad",
-        )
-        self.files = tuple(files)
-        self.total = total
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What to train on: ``val`` is None where nothing was held out; ``record`` is JSON-able and goes into the file."""
+    """What to train on: ``val`` is None where nothing was held out; ``record`` is JSON-able and goes into the file.
+
+    ``note`` is a line for the user where the split may not be the expected one.
+    """
 
     train: Images
     val: Images | None
     classes: tuple[str, ...]
     record: Mapping[str, Any]
+    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +57,16 @@ class EvaluationData:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """One split as it was found: ``kind`` is "folder" or a reader's prefix, ``part`` the split's name if it has one."""
+    """One split as it was found: ``kind`` is "folder" or a reader's prefix, ``part`` the split's name if it has one.
+
+    ``test`` is the test part beside a training part, which is not opened.
+    """
 
     images: Images
     kind: str
     name: str
     part: str | None
+    test: str | None = None
 
 
 def open_training_data(
@@ -79,7 +84,7 @@ def open_training_data(
 
     Args:
         source: a folder, or a reader's data set; see the module.
-        val_split: the share of each class to hold out where the source has no such part; 0 holds out nothing.
+        val_split: the share of each class to hold out where the source has no val part; 0 holds out nothing.
         shots: train on so many pictures of each class (of those not held out); None is all.
         seed: of the split and the choice.
         skip_bad: leave unreadable pictures out, and record their names.
@@ -97,18 +102,28 @@ def open_training_data(
         raise UsageError(f"validation split: got {val_split}, expected 0 up to 1", hint="--val-split 0.1")
     train_part, held_part = _training_parts(source, val)
     parts = [train_part] if held_part is None else [train_part, _held_like(train_part, held_part)]
-    readable, skipped = _readable([part.images for part in parts], skip_bad, workers, on_progress)
+    readable, skipped = readable_parts([part.images for part in parts], skip_bad, workers, on_progress)
     splits, short_classes = _chosen(readable, val_split, shots, seed)
     record = _record(train_part, splits, skipped) | {
         "parts": {name: part.part for name, part in zip(("train", "val"), parts, strict=False)},
         "val_source": None if val is None or held_part is None else held_part.name,
         "val_split": val_split if held_part is None else None,
+        "left_alone": train_part.test,
         "seed": seed,
         "shots": shots,
         "short_classes": short_classes,
     }
     train = splits["train"]
-    return TrainingData(train=train, val=splits.get("val"), classes=train.classes, record=record)
+    note = _about_test(source, train_part.test, val_split) if held_part is None and train_part.test else None
+    return TrainingData(train=train, val=splits.get("val"), classes=train.classes, record=record, note=note)
+
+
+def _about_test(source: str, test: str, val_split: float) -> str:
+    chosen = f"{val_split:.0%} of the training part is held out" if val_split else "nothing is held out"
+    there = f"{source.rstrip('/')}{'#' if parse_reader(source) else '/'}{test}"
+    return (
+        f"no val part beside {test}: {chosen}, and {test} is left alone (to choose the best epoch by it: --val {there})"
+    )
 
 
 def open_evaluation_data(
@@ -126,7 +141,7 @@ def open_evaluation_data(
         CadaptError: a reader's package is missing, or its data set cannot be opened.
     """
     part = _held_out_part(source, ("test", *HELD_OUT_SPLITS))
-    (images,), skipped = _readable([part.images], skip_bad, workers, on_progress)
+    (images,), skipped = readable_parts([part.images], skip_bad, workers, on_progress)
     record = _record(part, {"evaluation": images}, skipped) | {"part": part.part}
     return EvaluationData(images=images, classes=images.classes, record=record)
 
@@ -153,17 +168,20 @@ def _training_parts(source: str, val: str | None) -> tuple[_Part, _Part | None]:
         split = find_split(reader, TRAIN_SPLITS)
         if split is None:
             raise UsageError(f"no split 'train' in {source}", hint=f"name one: {source}#SPLIT")
-        train = _reader_part(source, split)
-        other = find_split(replace(reader, split=None), HELD_OUT_SPLITS) if held is None and not reader.split else None
-        return train, held if other is None else _reader_part(source, other)
+        # a split that is named is the whole source
+        other, test = (
+            None if reader.split else find_split(reader, names) for names in (VALIDATION_SPLITS, TEST_SPLITS)
+        )
+        train = replace(_reader_part(source, split), test=test)
+        return train, held if held is not None or other is None else _reader_part(source, other)
     folder = _source_folder(source)
     parts = _folder_parts(folder)
     if "train" not in parts:
         if parts and {entry.name for entry in visible_folders(folder)} <= set(HELD_OUT_SPLITS):
             raise UsageError(f"no train/ in '{folder}', only {' and '.join(parts)}", hint="give the folder of one part")
         return _folder_part(folder, None), held
-    other = next((name for name in HELD_OUT_SPLITS if name in parts), None)
-    train = _folder_part(folder, "train")
+    other, test = (next(filter(parts.__contains__, names), None) for names in (VALIDATION_SPLITS, TEST_SPLITS))
+    train = replace(_folder_part(folder, "train"), test=test)
     return train, held if held is not None or other is None else _folder_part(folder, other, minimum_classes=1)
 
 
@@ -230,37 +248,6 @@ def _held_like(train: _Part, held: _Part) -> _Part:
             hint="give both parts the same class folders",
         )
     return replace(held, images=held.images.relabel(match.index_map, train.images.classes))
-
-
-def _readable(
-    parts: Sequence[Images], skip_bad: bool, workers: int, on_progress: Progress | None
-) -> tuple[list[Images], list[str]]:
-    """Decode every picture of all parts; return the parts without those that cannot be, and their names."""
-    starts = [0, *accumulate(len(images) for images in parts)]
-
-    def check(index: int) -> None:
-        part = max(number for number in range(len(parts)) if starts[number] <= index)
-        parts[part].check(index - starts[part])
-
-    found = check_each(starts[-1], check, workers, on_progress)
-    if found and not skip_bad:
-        raise UnreadableImages([bad for _, bad in found], starts[-1])
-    if not found:
-        return list(parts), []
-    gone = {index for index, _ in found}
-    kept, skipped = [], []
-    for start, images in zip(starts, parts, strict=False):
-        kept.append(images.select([index for index in range(len(images)) if start + index not in gone]))
-        skipped += [images.names[index] for index in range(len(images)) if start + index in gone]
-        _require_remaining(images, kept[-1])
-    return kept, skipped
-
-
-def _require_remaining(before: Images, after: Images) -> None:
-    emptied = sorted(set(before.labels) - set(after.labels))
-    if emptied:
-        names = listed([before.classes[label] for label in emptied])
-        raise RefusedError(f"no readable image in {len(emptied)} of {len(before.classes)} classes: {names}")
 
 
 def _record(part: _Part, splits: Mapping[str, Images], skipped: Sequence[str]) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from cadapt.data import (
     match_classes,
     open_evaluation_data,
 )
-from cadapt.errors import CadaptError, RefusedError
+from cadapt.errors import CadaptError, RefusedError, UsageError, close_matches
 from cadapt.evaluation import EvalResult, evaluate
 from cadapt.jobs.task import Progress, default_workers
 from cadapt.library import base_of, from_bundle
 from cadapt.train.hardware import resolve_device, resolve_precision
+
+_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,14 @@ def evaluate_model(
     Pictures of classes the model does not know cannot be judged; they are left out and counted.
 
     Raises:
+        UsageError: a device or a precision that is unknown or not to be had.
         RefusedError: none of the data's classes is the model's, or pictures are unreadable.
     """
+    # before the pictures are read, which takes its time
+    place = resolve_device(device)
+    if precision not in _PRECISIONS:
+        raise UsageError(f"unknown precision '{precision}'", hint=close_matches(precision, _PRECISIONS))
+    precision = resolve_precision(precision, place)
     processes = default_workers() if workers is None else workers
     data = open_evaluation_data(source, skip_bad=skip_bad, workers=max(1, processes), on_progress=on_progress)
     match = match_classes(model.classes, data.classes)
@@ -83,13 +91,12 @@ def evaluate_model(
             hint="name the folders as the model's classes, which cadapt inspect FILE lists",
         )
     images = data.images.relabel(match.index_map, model.classes)
-    place = resolve_device(device)
     result = evaluate(
         model,
         evaluation_batches(images, model.preprocessing, batch_size, processes),
         classes=model.classes,
         device=place,
-        precision=resolve_precision(precision, place),  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
         on_batch=on_batch,
     )
     return Evaluated(result=result, match=match, dropped=len(data.images) - len(images), data=data.record)

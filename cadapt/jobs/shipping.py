@@ -17,6 +17,7 @@ from cadapt.jobs.judging import trained_model
 from cadapt.merging import merge, timm_state_dict
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_ONNX_DTYPES = ("fp32", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,12 @@ def ship_onnx(
     """One ONNX model, with what folds into the base folded; see :func:`cadapt.export.onnx_bytes`.
 
     Raises:
+        UsageError: a dtype that is unknown, or not for ONNX.
         CadaptError: the adapter was never trained, or the file does not agree with torch.
     """
+    _check_dtype(dtype)
+    if dtype not in _ONNX_DTYPES:
+        raise UsageError(f"an ONNX file computes in {' or '.join(_ONNX_DTYPES)}, not in {dtype}", hint="--dtype fp16")
     merged, _ = merge(trained_model(bundle, checkpoint=checkpoint, near=near))
     base = bundle.plan.base
     identity = {"name": base.name, "source": base.source, "checkpoint": base.checkpoint, "sha256": base.sha256}

@@ -23,7 +23,7 @@ from cadapt.errors import RefusedError
 from cadapt.jobs.task import Progress, TaskOptions, Trained, default_workers
 from cadapt.library import base_of, from_bundle, to_bundle
 from cadapt.planning import with_head
-from cadapt.train import Event, FitData, RunFolder, TrainConfig, fit
+from cadapt.train import Event, FitData, Notice, RunFolder, TrainConfig, fit
 from cadapt.train.recorder import versions
 
 _HEAD = f"{ADAPTERS}.head."
@@ -69,6 +69,8 @@ def train_bundle(
         workers=max(1, processes),
         on_progress=on_progress,
     )
+    if data.note is not None and on_event is not None:
+        on_event(Notice(message=data.note))
     backbone = base_of(bundle, checkpoint=checkpoint, near=near)
     model = _with_task_head(bundle, backbone, data.classes, options, config.seed)
     fit_data = _fit_data(data, model, options, config, processes)

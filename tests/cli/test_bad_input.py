@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from cadapt.bundle import read_header
 from tests.cli.conftest import BASE, FAST
 from tests.cli.program import check_refused, run
 from tests.data.pictures import make_classes, picture, truncate
@@ -207,3 +208,32 @@ def test_evaluation_names_the_classes_missing_on_either_side(trained_adapter: Pa
     assert ran.json["unknown_to_model"] == ["fox"]
     assert ran.json["dropped_images"] == 3
     assert "no pictures of: dog" in run("eval", "pets", "--workers", "0").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["export", "--onnx", "--dtype", "bf16"], "an ONNX file computes in fp32 or fp16, not in bf16"),
+        (["export", "--onnx", "--dtype", "fp61"], "unknown dtype 'fp61'"),
+        (["export", "--timm", "--dtype", "fp61"], "unknown dtype 'fp61'"),
+        (["export", "--dtype", "fp61"], "unknown dtype 'fp61'"),
+        (["eval", "imgs", "--device", "meta"], "'meta'"),
+        (["eval", "imgs", "--device", "xpu"], "'xpu'"),
+        (["eval", "imgs", "--precision", "fp61"], "unknown precision 'fp61'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_number_format_or_device_that_is_not_to_be_had(
+    arguments: list[str], said: str, trained_adapter: Path, here: Path
+) -> None:
+    check_refused(run(*arguments), 2, said)
+    assert [path.name for path in here.iterdir()] == ["adapter.safetensors"]
+
+
+def test_training_says_that_it_leaves_the_test_part_alone(adapter: Path) -> None:
+    pets("pets/train", cat=4, dog=4)
+    pets("pets/test", cat=2, dog=2)
+    ran = run("train", "pets", *FAST)
+    assert ran.code == 0, ran.stderr
+    assert "note: no val part beside test" in ran.stderr and "--val pets/test" in ran.stderr
+    assert read_header(adapter).training["data"]["left_alone"] == "test"

@@ -10,8 +10,9 @@ import torch
 from cadapt.data import readers
 from cadapt.data.images import UnreadableImage
 from cadapt.data.loader import TrainLoader
+from cadapt.data.readable import UnreadableImages
 from cadapt.data.readers import ReaderSource, open_reader, parse_reader
-from cadapt.data.source import UnreadableImages, open_evaluation_data, open_training_data
+from cadapt.data.source import open_evaluation_data, open_training_data
 from cadapt.errors import CadaptError, RefusedError, UsageError
 from cadapt.preprocessing import Preprocessing
 from tests.data.pictures import make_classes, picture
@@ -48,11 +49,15 @@ def test_torch_image_folder(tmp_path):
     data = open_training_data(f"torch/image_folder@{tmp_path}")
     assert data.classes == ("cat", "dog")
     assert data.val is not None
-    assert (len(data.train), len(data.val)) == (8, 3)
-    assert data.record["kind"] == "torch"
+    assert (len(data.train), len(data.val)) == (6, 2)
+    assert (data.record["kind"], data.record["left_alone"]) == ("torch", "test")
+    assert data.note is not None
+    told = open_training_data(f"torch/image_folder@{tmp_path}", val=data.note.rpartition("--val ")[2].rstrip(")"))
+    assert told.val is not None
+    assert (len(told.train), len(told.val)) == (8, 3)
     assert data.train.read(0).tobytes() == picture(0).tobytes()
     (tmp_path / "train" / "cat" / "000.png").write_text("text")
-    with pytest.raises(UnreadableImages, match="1 of 11 images"):
+    with pytest.raises(UnreadableImages, match="1 of 8 images"):
         open_training_data(f"torch/image_folder@{tmp_path}")
 
 
@@ -110,9 +115,12 @@ def test_hub_class_names(monkeypatch):
     fake_hub(monkeypatch, [1, 0, 1, 0], ["cat", "dog"])
     data = open_training_data("hfds/owner/pets")
     assert data.classes == ("cat", "dog")
-    assert data.record["parts"] == {"train": "train", "val": "test"}
-    assert data.train.labels == (1, 0, 1, 0)
-    assert data.train.read(2).tobytes() == picture(2).tobytes()
+    assert data.record["parts"] == {"train": "train"}
+    assert data.record["left_alone"] == "test"
+    told = open_training_data("hfds/owner/pets", val="hfds/owner/pets#test")
+    assert told.record["parts"] == {"train": "train", "val": "test"}
+    assert told.train.labels == (1, 0, 1, 0)
+    assert told.train.read(2).tobytes() == picture(2).tobytes()
 
 
 def test_hub_labels_without_names_and_as_words(monkeypatch):

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from cadapt.data.source import UnreadableImages, open_evaluation_data, open_training_data
+from cadapt.data.readable import UnreadableImages
+from cadapt.data.source import open_evaluation_data, open_training_data
 from cadapt.errors import RefusedError, UsageError
 from tests.data.pictures import make_classes, truncate
 
@@ -32,7 +33,7 @@ def test_nothing_held_out(tmp_path):
     assert data.record["images"] == {"train": 4}
 
 
-@pytest.mark.parametrize("held", ["val", "valid", "validation", "test"])
+@pytest.mark.parametrize("held", ["val", "valid", "validation"])
 def test_parts_beneath_a_folder(tmp_path, held):
     make_classes(tmp_path / "train", {"cat": 3, "dog": 3})
     make_classes(tmp_path / held, {"cat": 1, "dog": 2})
@@ -49,9 +50,30 @@ def test_val_goes_before_test_in_training_and_after_it_in_evaluation(tmp_path):
     data = open_training_data(str(tmp_path))
     assert data.val is not None
     assert len(data.val) == 4
+    assert (data.record["left_alone"], data.note) == ("test", None)
     evaluation = open_evaluation_data(str(tmp_path))
     assert len(evaluation.images) == 2
     assert evaluation.record["part"] == "test"
+
+
+def test_nothing_is_chosen_by_the_test_part_unless_it_is_named(tmp_path):
+    make_classes(tmp_path / "train", {"cat": 4, "dog": 4})
+    make_classes(tmp_path / "test", {"cat": 3, "dog": 3})
+    data = open_training_data(str(tmp_path), val_split=0.25)
+    assert data.val is not None
+    assert (len(data.train), len(data.val)) == (6, 2)
+    assert not set(data.train.names) & set(data.val.names)
+    assert data.record["parts"] == {"train": "train"}
+    assert (data.record["val_split"], data.record["left_alone"]) == (0.25, "test")
+    assert data.note is not None
+    assert "25% of the training part is held out, and test is left alone" in data.note
+    named = data.note.rpartition("--val ")[2].rstrip(")")
+    told = open_training_data(str(tmp_path), val=named)
+    assert told.val is not None
+    assert (len(told.train), len(told.val), told.note) == (8, 6, None)
+    none = open_training_data(str(tmp_path), val_split=0)
+    assert none.val is None
+    assert none.note is not None and "nothing is held out" in none.note
 
 
 def test_train_alone_is_split(tmp_path):
