@@ -123,6 +123,36 @@ def test_noise_is_refused(tmp_path: Path, name: str) -> None:
         load_backbone(NAME, checkpoint=path)
 
 
+@pytest.mark.parametrize("content", [b"\x80\x02R.", b"\x80\x02)R.", b"\x80\x02K\x01K\x02R.", b"PK\x03\x04", b""])
+def test_a_malformed_pickle_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "odd.pth"
+    path.write_bytes(content)
+    with pytest.raises(RefusedError) as caught:
+        read_checkpoint(path)
+    assert "\n" not in caught.value.message
+
+
+def test_a_flipped_bit_in_a_number_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    values = torch.arange(1000.0)
+    torch.save({"weight": values}, path)
+    assert torch.equal(read_checkpoint(path)["weight"], values)
+    data = bytearray(path.read_bytes())
+    data[data.index(values.numpy().tobytes()) + 2000] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(RefusedError, match="checksum of 'weights/data/0'"):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_saved_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(3)}, tmp_path / "weights.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_checkpoint(tmp_path / "weights.pth")["weight"], torch.ones(3))
+
+
 def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.pth"
     torch.save({"epoch": 3}, path)
