@@ -116,6 +116,13 @@ def evaluate(
     return tally.result(seconds=time.perf_counter() - started)
 
 
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which forward passes run in ``fp32``, ``bf16`` or ``fp16``; training uses it too."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+
+
 def _place(model: nn.Module, device: torch.device | str | None) -> torch.device:
     if device is not None:
         model.to(device)
@@ -142,10 +149,7 @@ def _forward(model: nn.Module, images: Tensor, device: torch.device, precision: 
     images = images.to(device, non_blocking=True)
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
-    mixed: AbstractContextManager[Any] = nullcontext()
-    if precision != "fp32":
-        mixed = torch.autocast(device.type, dtype=_AUTOCAST[precision])
-    with torch.inference_mode(), mixed:
+    with torch.inference_mode(), autocast(precision, device):
         logits = model(images)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != images.shape[0]:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

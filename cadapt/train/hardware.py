@@ -1,36 +1,43 @@
-"""What ``auto`` means on this machine: the device a run uses, and the precision of its forward passes."""
+"""What ``auto`` means on this machine: the device a run uses, and the precision of its forward passes.
+
+The engine and ``cadapt eval`` choose by it; the autocast context itself is :func:`cadapt.evaluation.autocast`.
+"""
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from cadapt.errors import UsageError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DEVICES_HINT = "use auto, cpu, mps, cuda or cuda:0"
 
 
 def resolve_device(name: str) -> torch.device:
     """Return the device of a name; ``auto`` is cuda, else mps, else cpu.
 
     Raises:
-        UsageError: torch knows no such device, or this machine has none.
+        UsageError: it is none of cpu, cuda and mps, with or without an index, or this machine has none such.
     """
+    on_mps = torch.backends.mps.is_available()
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("mps" if on_mps else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}", hint="use auto, cpu, mps, cuda or cuda:0") from error
-    missing = (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (
-        device.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
+        raise UsageError(f"unknown device {name!r}", hint=_DEVICES_HINT) from error
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(on_mps)}
+    if device.type not in counts:
+        raise UsageError(f"device {name!r} is not supported, expected cpu, cuda or mps", hint=_DEVICES_HINT)
+    if (device.index or 0) >= counts[device.type]:
         raise UsageError(f"this machine has no device {name!r}", hint="use --device auto")
     return device
+
+
+def describe_device(device: torch.device) -> str:
+    """Return what a device's rounding goes by: its kind, and for a GPU its model, but not its index."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -42,15 +49,13 @@ def resolve_precision(name: str, device: torch.device) -> str:
         UsageError: fp16 without a cuda device, where no loss scaling is at hand.
     """
     if name == "auto":
-        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16" if on_gpu else "fp32"
+        return "bf16" if device.type == "cuda" and _computes_bf16(device) else "fp32"
     if name == "fp16" and device.type != "cuda":
         raise UsageError(f"precision fp16 needs a cuda device, got {device.type}", hint="use --precision bf16 or fp32")
     return name
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which forward passes run."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])
+def _computes_bf16(device: torch.device) -> bool:
+    # torch answers for the current device, which need not be the one asked for
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))

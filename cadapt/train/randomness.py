@@ -5,22 +5,21 @@ models of the caller's own that draw outside a step.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from typing import Any
 
 import numpy
 import torch
 
+from cadapt.data.seeding import derive_seed, seed_generators
+
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
     """Seed torch (all devices), numpy and Python for one optimizer step."""
-    digest = hashlib.blake2b(f"cadapt {seed} {epoch} {step}".encode(), digest_size=8).digest()
-    number = int.from_bytes(digest, "big")
+    number = derive_seed("step", seed, epoch, step)
+    seed_generators(number)
+    # those are the CPU's; dropout on a GPU draws from the GPU's
     torch.manual_seed(number)
-    # numpy's global generator takes 32 bits only
-    numpy.random.seed(number & 0xFFFFFFFF)
-    random.seed(number)
 
 
 def random_state() -> dict[str, Any]:
@@ -31,7 +30,8 @@ def random_state() -> dict[str, Any]:
         "numpy": (str(algorithm), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)),
         "python": random.getstate(),
     }
-    if torch.cuda.is_available():
+    # a run on the CPU of a machine with GPUs must not wake them up for this
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from cadapt.data.mixup import Mixing, mix_batch
 from cadapt.errors import CadaptError
+from cadapt.evaluation import autocast
 from cadapt.train.config import TrainConfig
-from cadapt.train.hardware import autocast
 from cadapt.train.meter import Meter
 from cadapt.train.weights import Average, Learnt
 
