@@ -1,8 +1,8 @@
 """The training engine's outer layer: everything between a data set and a trained adapter.
 
-The loop, the schedule, saving, resuming and interrupting live here; how cheaply a step runs is the business of
-``cadapt.frozen``, what a picture looks like that of ``cadapt.data``. Importing this package imports no torch: the
-command line reads :class:`TrainConfig` before anything heavy is needed.
+The loop, the schedule, saving, resuming and interrupting live here; what a picture looks like is the business of
+``cadapt.data``. Importing this package imports no torch: the command line reads :class:`TrainConfig` before anything
+heavy is needed.
 """
 
 from __future__ import annotations

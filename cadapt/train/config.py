@@ -17,7 +17,8 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KEEPS = ("best", "last")
 
-# A resumed run may change these, because they leave every number of the run as it is.
+# A resumed run may change these. ``save_every_seconds`` and ``keep`` leave every number as it is; another device or
+# compilation computes the same in another rounding, and the engine says so in a Notice.
 FREE_AT_RESUME = frozenset({"device", "compile", "save_every_seconds", "keep"})
 
 
@@ -36,9 +37,9 @@ class TrainConfig:
         mixup: alpha of mixup's beta distribution; ``cutmix`` likewise. With both, half of the steps use each.
         ema: decay of the moving average of the trainable tensors, or None. It warms up (timm's ``ModelEmaV3``), and
             validation and the saved weights are then the average's.
-        precision: ``auto`` is bf16 on a GPU that has it, and fp32 elsewhere.
+        precision: ``auto`` is bf16 on a GPU that has it, and fp32 elsewhere. A resumed run keeps what it began in.
         channels_last: memory format of model and images; a matter of speed.
-        device: ``auto`` is cuda, else mps, else cpu; or any name torch knows.
+        device: ``auto`` is cuda, else mps, else cpu; or one of these, also with an index (cuda:1).
         accumulate: batches per optimizer step, as if they were one large batch (but for batch statistics).
         seed: of the whole run: each step's randomness comes from (seed, epoch, step) alone.
         compile: run the model through ``torch.compile``.

@@ -1,7 +1,7 @@
 """The loop: ``fit`` trains what a model leaves trainable, and can be stopped and resumed at any step.
 
 Nothing here knows adapters, pictures or file formats. The state after each step is a pure function of the settings and
-the data, which is what makes a resumed run equal to one that was never stopped, bit for bit.
+the data, which is what makes a resumed run equal to one that was never stopped, bit for bit on one machine.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ def fit(
     data: FitData,
     config: TrainConfig,
     *,
-    run: RunFolder | None,
-    on_event: Callable[[Event], None] | None,
-    save_weights: SaveWeights,
+    run: RunFolder | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    save_weights: SaveWeights | None = None,
 ) -> TrainResult:
     """Train the parameters of ``model`` that require a gradient, and leave the best (or last) weights in it.
 
-    The model is trained in place. It ends on the run's device, in evaluation mode. On the CPU, a run that was killed
-    and resumed ends with the same bits as one that was not, with any number of workers. SIGINT and SIGTERM end the run
-    after the current step, with everything saved; a second SIGINT ends it at once.
+    The model is trained in place. It ends on the run's device, in evaluation mode. On one CPU, a run that was killed
+    and resumed ends with the same bits as one that was not, with any number of workers; by another device, torch or
+    ``compile`` it goes on in the same precision, and a Notice says that the rounding is another. SIGINT and SIGTERM
+    end the run after the current step, with everything saved; a second SIGINT ends it at once.
 
     Args:
         model: takes images [B, C, H, W] and returns logits [B, classes]; its ``train()`` looks after frozen norms.
@@ -54,7 +55,8 @@ def fit(
         config: the settings.
         run: the folder to save into, and to resume from; None saves nothing.
         on_event: called with each event, in the training thread.
-        save_weights: writes the adapter's file.
+        save_weights: writes ``best`` and ``last.safetensors`` into the run folder; None writes the tensors that
+            training changes, by name.
 
     Raises:
         UsageError: settings, model, data or run folder do not go together.
@@ -101,6 +103,8 @@ class _Loop:
             )
         )
         warmup = warmup_epochs_of(config)
+        for message in session.notices:
+            self._emit(Notice(message=message))
         if warmup != config.warmup_epochs:
             self._emit(Notice(message=f"warm-up cut from {config.warmup_epochs} to {warmup} of {config.epochs} epochs"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from math import ceil
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from cadapt.errors import UsageError
-from cadapt.train.checkpoint import check_same_run, read_state, write_state
+from cadapt.files import write_atomically
+from cadapt.train.checkpoint import changes_since, check_same_run, precision_of, read_state, write_state
 from cadapt.train.config import TrainConfig
 from cadapt.train.folder import RunFolder, write_record
-from cadapt.train.hardware import resolve_device, resolve_precision
+from cadapt.train.hardware import describe_device, resolve_device
 from cadapt.train.ledger import Ledger
 from cadapt.train.meter import Meter
 from cadapt.train.protocols import FitData, SaveWeights
@@ -23,7 +25,7 @@ from cadapt.train.randomness import random_state, restore_random_state
 from cadapt.train.recorder import Recorder, versions
 from cadapt.train.schedule import schedule_of
 from cadapt.train.stepper import Stepper, not_finite
-from cadapt.train.weights import Learnt
+from cadapt.train.weights import Learnt, tensor_file
 
 if TYPE_CHECKING:
     from cadapt.train.protocols import Batch
@@ -36,39 +38,45 @@ class Session:
         model: moved to the device, and put into training mode.
         data, config, run, save_weights: as given to ``fit``.
 
+    ``notices`` are what the user should read before the run goes on.
+
     Raises:
-        UsageError: nothing to train, no training images, or no such device.
+        UsageError: nothing to train, no training images, or no such device, or one without the resumed run's precision.
         RefusedError: the run folder's state is damaged, or of other data or another model.
     """
 
     def __init__(
-        self, model: nn.Module, data: FitData, config: TrainConfig, run: RunFolder | None, save_weights: SaveWeights
+        self,
+        model: nn.Module,
+        data: FitData,
+        config: TrainConfig,
+        run: RunFolder | None,
+        save_weights: SaveWeights | None,
     ) -> None:
         self.data, self.config, self.run = data, config, run
         self._save_weights = save_weights
         self.device = resolve_device(config.device)
-        self.precision = resolve_precision(config.precision, self.device)
         self.steps = ceil(data.train.steps_per_epoch / config.accumulate)
         if self.steps == 0:
             raise UsageError("there are no training images")
+        # as it will be after a round trip through the saved state
+        self._data_record = json.loads(json.dumps(data.record))
+        state = self._read_state()
+        self.precision = precision_of(config, state, self.device)
         self.model = _placed(model, self.device, config.channels_last)
         self.schedule = schedule_of(config, self.steps)
         self.learnt = Learnt(self.model)
+        classes = len(data.classes)
         self.stepper = Stepper(
-            self.model,
-            self.learnt,
-            config,
-            class_count=len(data.classes),
-            device=self.device,
-            precision=self.precision,
+            self.model, self.learnt, config, class_count=classes, device=self.device, precision=self.precision
         )
         self.ledger = Ledger()
         self.epoch_meter, self.interval_meter = Meter(self.device), Meter(self.device)
         self.best_tensors: dict[str, Tensor] = {}
-        # as it will be after a round trip through the saved state
-        self._data_record = json.loads(json.dumps(data.record))
-        metrics_bytes = self._load() if run is not None and run.resume else 0
-        self.recorder = Recorder(run, metrics_bytes=metrics_bytes, steps_done=self.steps_done)
+        self.notices: tuple[str, ...] = ()
+        if state:
+            self._load(state)
+        self.recorder = Recorder(run, metrics_bytes=state.get("metrics_bytes", 0), steps_done=self.steps_done)
         if run is not None and not run.resume:
             write_record(run, self._run_record(run))
         self._counted_until = monotonic()
@@ -117,7 +125,7 @@ class Session:
     def save_best(self) -> None:
         """Write ``best.safetensors``; call it while the model holds the weights to keep."""
         if self.run is not None:
-            self._save_weights(self.run.best, self.model, self._weights_record())
+            self._write_weights(self.run.best)
 
     def save(self) -> None:
         """Write ``last.safetensors`` and ``state.pt``; without a run folder, only check.
@@ -131,12 +139,21 @@ class Session:
             return
         self.count_seconds()
         with self.stepper.averaged():
-            self._save_weights(self.run.last, self.model, self._weights_record())
+            self._write_weights(self.run.last)
         write_state(self.run.state, self._state())
+
+    def _write_weights(self, path: Path) -> None:
+        record = self._weights_record()
+        if self._save_weights is None:
+            write_atomically(path, tensor_file(self.learnt.capture(), record), overwrite=True)
+        else:
+            self._save_weights(path, self.model, record)
 
     def _state(self) -> dict[str, Any]:
         return {
             "config": self.config.to_json(),
+            "precision": self.precision,
+            "computed_by": self._computed_by(),
             "data": self._data_record,
             "steps_per_epoch": self.steps,
             "ledger": self.ledger.to_state(),
@@ -148,10 +165,23 @@ class Session:
             "metrics_bytes": self.recorder.sync(),
         }
 
-    def _load(self) -> int:
-        assert self.run is not None
+    def _computed_by(self) -> dict[str, Any]:
+        return {
+            "device": describe_device(self.device),
+            "compile": self.config.compile,
+            "torch": str(torch.__version__),
+        }
+
+    def _read_state(self) -> dict[str, Any]:
+        """Return the state to go on from, checked; empty for a new run."""
+        if self.run is None or not self.run.resume:
+            return {}
         state = read_state(self.run.state)
         check_same_run(state, self.config, self._data_record, self.steps)
+        return state
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.notices = changes_since(state, self._computed_by())
         self.learnt.restore(state["tensors"])
         self.stepper.load_state(state["stepper"])
         self.ledger = Ledger(**state["ledger"])
@@ -159,7 +189,6 @@ class Session:
         for meter, saved in zip((self.epoch_meter, self.interval_meter), state["meters"], strict=True):
             meter.load_state(saved)
         restore_random_state(state["random"])
-        return int(state["metrics_bytes"])
 
     def _run_record(self, run: RunFolder) -> dict[str, Any]:
         return {

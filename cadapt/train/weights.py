@@ -5,14 +5,22 @@ Everything saved and restored goes through here. The frozen backbone, hundreds o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from safetensors.torch import save
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from cadapt.errors import RefusedError, UsageError
+
+
+def tensor_file(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
+    """Return a ``.safetensors`` file's bytes, with the record as JSON in its metadata, under ``training``."""
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"training": json.dumps(record)})
 
 
 class Learnt:

@@ -298,12 +298,3 @@ def test_the_variants_train(change):
     _, result = run(None, replace(PLAIN, epochs=6, **change))
     assert result.loss_curve[-1] < result.loss_curve[0]
     assert result.precision == change.get("precision", "fp32")
-
-
-def test_unknown_or_missing_devices_are_said():
-    with pytest.raises(UsageError, match="unknown device 'gpu'"):
-        run(None, replace(PLAIN, device="gpu"))
-    with pytest.raises(UsageError, match="no device 'cuda:99'"):
-        run(None, replace(PLAIN, device="cuda:99"))
-    with pytest.raises(UsageError, match="fp16 needs a cuda device"):
-        run(None, replace(PLAIN, precision="fp16"))

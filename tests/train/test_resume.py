@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import signal
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from cadapt.errors import InterruptedRunError, RefusedError, UsageError
-from cadapt.train import FitData, RunFolder, Saved, fit
+from cadapt.train import FitData, Notice, RunFolder, RunStarted, Saved, fit
+from cadapt.train.checkpoint import read_state, write_state
 
 from .runs import CONFIG, Block, load_weights, make_data, make_model, run, run_in_process, save_weights
 
@@ -51,7 +55,7 @@ def test_the_reference_trains_and_moves_its_buffers(reference):
 def test_killed_between_two_writes_in_mid_epoch_and_resumed_in_fresh_processes(tmp_path, reference, workers):
     folder = tmp_path / "run"
     assert run_in_process(folder, workers, signals={9: "SIGKILL"}) == -signal.SIGKILL
-    state = torch.load(folder / "state.pt", weights_only=True)
+    state = read_state(folder / "state.pt")
     assert (state["ledger"]["epoch"], state["ledger"]["step"]) == (1, 1)
     assert len((folder / "metrics.jsonl").read_bytes()) > state["metrics_bytes"]  # a line to be cut off
     assert run_in_process(folder, workers, resume=True, signals={4: "SIGKILL"}) == -signal.SIGKILL
@@ -109,17 +113,84 @@ def test_other_settings_data_or_model_are_refused(finished):
     run(finished, replace(config, save_every_seconds=1.0), resume=True)
 
 
-def test_a_damaged_state_is_refused(finished):
+def forged(value):
+    """Bytes with a digest that holds: what a state of another making looks like."""
+    if not isinstance(value, bytes):
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        value = buffer.getvalue()
+    return value + hashlib.sha256(value).digest()
+
+
+@pytest.mark.parametrize("flip", range(200))
+def test_one_flipped_bit_is_refused(tmp_path, flip):
+    path = tmp_path / "state.pt"
+    write_state(path, {"tensors": {"a": torch.arange(100.0)}, "config": {"lr": 0.1}})
+    assert torch.equal(read_state(path)["tensors"]["a"], torch.arange(100.0))
+    data = bytearray(path.read_bytes())
+    data[flip * len(data) // 200] ^= 1 << flip % 8
+    path.write_bytes(data)
+    with pytest.raises(RefusedError, match="does not match its SHA-256"):
+        read_state(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "SHA-256"),
+        (b"short", "SHA-256"),
+        (forged(b""), "holds no state"),
+        (forged(b"\x80\x02R."), "holds no state"),
+        (forged(Block()), "holds no state"),
+        (forged([1, 2]), "version None"),
+        (forged({"version": 99}), "version 99"),
+    ],
+    ids=["empty", "short", "nothing", "malformed", "code", "list", "version"],
+)
+def test_what_is_no_state_is_refused_in_one_line(finished, content, expected):
+    (finished / "state.pt").write_bytes(content)
+    with pytest.raises(RefusedError, match=expected) as caught:
+        run(finished, replace(CONFIG, epochs=1, save_every_seconds=60.0), resume=True)
+    assert "\n" not in caught.value.message
+
+
+def test_a_truncated_state_is_refused(finished):
     state = finished / "state.pt"
     state.write_bytes(state.read_bytes()[:-2000])
-    with pytest.raises(RefusedError, match="cannot be read"):
+    with pytest.raises(RefusedError, match="damaged"):
         run(finished, resume=True)
-    torch.save({"version": 99}, state)
-    with pytest.raises(RefusedError, match="version 99"):
-        run(finished, resume=True)
-    torch.save(Block(), state)
-    with pytest.raises(RefusedError, match="cannot be read"):
-        run(finished, resume=True)
+
+
+def rewrite(folder, **changes):
+    write_state(folder / "state.pt", read_state(folder / "state.pt") | changes)
+
+
+def test_a_resumed_run_keeps_the_precision_that_auto_was(finished):
+    config = replace(CONFIG, epochs=1, save_every_seconds=60.0)
+    assert read_state(finished / "state.pt")["precision"] == "fp32"
+    rewrite(finished, precision="bf16")
+    events = []
+    _, result = run(finished, config, resume=True, on_event=events.append)
+    assert result.precision == "bf16"
+    assert [event.precision for event in events if isinstance(event, RunStarted)] == ["bf16"]
+    rewrite(finished, precision="fp16", computed_by={"device": "cuda (NVIDIA A100)"})
+    with pytest.raises(UsageError, match="cannot resume: precision fp16 needs a cuda device") as caught:
+        run(finished, config, resume=True)
+    assert "A100" in caught.value.hint
+
+
+def test_what_rounds_differently_is_noticed(finished):
+    resume = partial(run, finished, replace(CONFIG, epochs=1, save_every_seconds=60.0), resume=True)
+    events = []
+    resume(on_event=events.append)
+    assert not [event for event in events if isinstance(event, Notice)]
+    before = {**read_state(finished / "state.pt")["computed_by"], "device": "cuda (NVIDIA A100)", "compile": True}
+    rewrite(finished, computed_by=before)
+    resume(on_event=events.append)
+    notices = [event.message for event in events if isinstance(event, Notice)]
+    assert len(notices) == 2
+    assert notices[0].startswith("device is cpu, was cuda (NVIDIA A100) before")
+    assert notices[1].startswith("compile is False, was True before")
 
 
 def test_a_run_is_not_overwritten_unasked(finished, tmp_path):
