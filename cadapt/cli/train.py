@@ -94,17 +94,14 @@ def command(
     given = {name: value for name, value in context.params.items() if value is not None and value is not False}
     asked = {name: given[name] for name in _TASK if name in given}
     recipe = {field: given[name] for name, field in _RECIPE.items() if name in given}
-    from cadapt.jobs import TrainJob
-
     if resume is not None:
         if model is not None or run_folder is not None:
             raise UsageError("--resume goes on with a run's own adapter and folder", hint="leave out -m and --run")
-        job = TrainJob.read(resume)
-        free = _refuse_changes(job, data, asked, recipe)
-        job = job.with_changes(free, checkpoint=checkpoint, output=output, overwrite=force or None)
-        check_output(job.output, force=job.overwrite, as_json=as_json)
+        beginning = _resumed_job(
+            resume, data, asked, recipe, output, force=force, as_json=as_json, checkpoint=checkpoint
+        )
     else:
-        job = _new_job(
+        beginning = _new_job(
             data,
             model,
             asked,
@@ -115,9 +112,34 @@ def command(
             checkpoint=checkpoint,
             run_folder=run_folder,
         )
-    _run(job, workers, as_json=as_json, quiet=quiet)
+    with beginning as job:
+        _run(job, workers, as_json=as_json, quiet=quiet)
 
 
+@contextmanager
+def _resumed_job(
+    folder: Path,
+    data: str | None,
+    asked: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    output: str | None,
+    *,
+    force: bool,
+    as_json: bool,
+    checkpoint: Path | None,
+) -> Iterator[TrainJob]:
+    """The run in a folder, which is held meanwhile."""
+    from cadapt.jobs import TrainJob, hold_folder
+
+    job = TrainJob.read(folder)
+    free = _refuse_changes(job, data, asked, recipe)
+    job = job.with_changes(free, checkpoint=checkpoint, output=output, overwrite=force or None)
+    check_output(job.output, force=job.overwrite, as_json=as_json)
+    with hold_folder(folder):
+        yield job
+
+
+@contextmanager
 def _new_job(
     data: str | None,
     model: str | None,
@@ -129,8 +151,9 @@ def _new_job(
     as_json: bool,
     checkpoint: Path | None,
     run_folder: Path | None,
-) -> TrainJob:
-    from cadapt.jobs import TaskOptions, TrainJob
+) -> Iterator[TrainJob]:
+    """A run that begins, its folder made and held meanwhile."""
+    from cadapt.jobs import TaskOptions, TrainJob, hold_folder, new_folder
     from cadapt.train import TrainConfig
 
     if data is None:
@@ -140,23 +163,20 @@ def _new_job(
     target = output or str(source.path or DEFAULT_ADAPTER)
     own = source.path if output is None else None
     check_output(target, force=force, as_json=as_json, but=own)
-    return TrainJob.begin(
-        load_adapter(source),
-        options,
-        config,
-        folder=run_folder or _unused(Path("runs") / f"{source.stem}-{time.strftime('%Y%m%d-%H%M%S')}"),
-        output=target,
-        overwrite=force or own is not None,
-        checkpoint=checkpoint,
-        near=source.folder,
-        force=force,
-    )
-
-
-def _unused(folder: Path) -> Path:
-    """The folder, or one with a number after it where two runs begin in one second."""
-    names = (folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000)))
-    return next(name for name in names if not name.exists())
+    adapter = load_adapter(source)
+    folder = run_folder or new_folder(Path("runs") / f"{source.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    with hold_folder(folder):
+        yield TrainJob.begin(
+            adapter,
+            options,
+            config,
+            folder=folder,
+            output=target,
+            overwrite=force or own is not None,
+            checkpoint=checkpoint,
+            near=source.folder,
+            force=force,
+        )
 
 
 def _refuse_changes(
@@ -166,9 +186,11 @@ def _refuse_changes(
     from cadapt.train.config import FREE_AT_RESUME
 
     begun = {**job.options.to_json(), **job.config.to_json()}
+    sources = ("data", "val")
     wanted = {**asked, **recipe, **({} if data is None else {"data": data})}
     for name, value in wanted.items():
-        if name not in FREE_AT_RESUME and begun[name] != value:
+        same = job.is_on(name, value) if name in sources else begun[name] == value
+        if name not in FREE_AT_RESUME and not same:
             label = "data" if name == "data" else f"--{name.replace('_', '-')}"
             raise UsageError(
                 f"the run began with {label} {begun[name]!r}, not {value!r}",

@@ -96,6 +96,24 @@ def parse_reader(source: str) -> ReaderSource | None:
     return ReaderSource(prefix=prefix.lower(), name=name, root=root or None, split=split or None)
 
 
+def absolute_source(source: str) -> str:
+    """Return a source under a name that means the same from any folder: its paths are made absolute.
+
+    >>> absolute_source("hfds/owner/pets#train")
+    'hfds/owner/pets#train'
+    """
+    reader = parse_reader(source)
+    if reader is None:
+        return _absolute(source)
+    name = _absolute(reader.name) if reader.prefix == "wds" else reader.name
+    root = "" if reader.root is None else f"@{_absolute(reader.root)}"
+    return f"{reader.prefix}/{name}{root}" + (f"#{reader.split}" if reader.split else "")
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
 def find_split(source: ReaderSource, wanted: Sequence[str]) -> str | None:
     """Return the first of the wanted splits that the data set has, or the one the source names.
 

@@ -3,6 +3,7 @@
 Each public function is what a command calls once; it ties the layers below together and prints nothing.
 """
 
+from cadapt.jobs.hold import hold_folder, new_folder
 from cadapt.jobs.insertion import Insertion, insert_into
 from cadapt.jobs.judging import Evaluated, evaluate_model, trained_model
 from cadapt.jobs.run import TrainJob
@@ -18,7 +19,9 @@ __all__ = [
     "TrainJob",
     "Trained",
     "evaluate_model",
+    "hold_folder",
     "insert_into",
+    "new_folder",
     "ship_adapter",
     "ship_onnx",
     "ship_timm",

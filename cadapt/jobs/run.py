@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cadapt.bundle import Bundle, bundle_bytes, load_bundle
+from cadapt.data.readers import absolute_source
 from cadapt.errors import RefusedError, UsageError
 from cadapt.files import write_atomically
 from cadapt.jobs.task import Progress, TaskOptions, Trained
@@ -25,7 +27,9 @@ class TrainJob:
     """A training run as its folder keeps it: enough to begin it, and to go on with it after a kill.
 
     ``folder`` holds, besides what the engine writes, ``job.json`` and ``start.safetensors``, the adapter as it was.
-    ``output`` is where the result goes. ``checkpoint`` and ``near`` say where to look for the base's weights.
+    ``output`` is where the result goes. ``checkpoint`` and ``near`` say where to look for the base's weights. All paths
+    in ``job.json`` are absolute, so that the run goes on from any folder. ``start`` is the adapter as it was, if this
+    process has read it. Whoever begins or resumes a job holds its folder: :func:`cadapt.jobs.hold_folder`.
     """
 
     options: TaskOptions
@@ -36,6 +40,7 @@ class TrainJob:
     checkpoint: Path | None = None
     near: Path | None = None
     resume: bool = False
+    start: bytes | None = field(default=None, repr=False)
 
     @classmethod
     def begin(
@@ -62,8 +67,15 @@ class TrainJob:
             UsageError: the folder holds a run.
             RefusedError: the adapter is damaged.
         """
-        job = cls(options=options, config=config, folder=folder, **rest)
         content = bundle_bytes(adapter if isinstance(adapter, Bundle) else load_bundle(adapter))
+        job = cls(options=options, config=config, folder=folder, start=content, **rest)
+        begun = next((name for name in (_JOB, _START) if (folder / name).exists()), None)
+        if begun is not None and not force:
+            # killed before the engine wrote anything, and a run all the same
+            raise UsageError(
+                f"'{folder}' holds a run already ({begun})",
+                hint="go on with it by --resume, begin anew over it by --force, or name another folder",
+            )
         prepare(RunFolder(path=folder, force=force))
         try:
             write_atomically(folder / _START, content, overwrite=True)
@@ -76,14 +88,18 @@ class TrainJob:
     def _write_record(self) -> None:
         record = {
             "version": 1,
-            "options": self.options.to_json(),
+            "options": {**self.options.to_json(), **self._sources()},
             "config": self.config.to_json(),
-            "output": self.output,
+            "output": self.output if self.output == "-" else str(Path(self.output).absolute()),
             "overwrite": self.overwrite,
             "checkpoint": _absolute(self.checkpoint),
             "near": _absolute(self.near),
         }
         write_atomically(self.folder / _JOB, (json.dumps(record, indent=2) + "\n").encode(), overwrite=True)
+
+    def _sources(self) -> dict[str, str | None]:
+        given = {"data": self.options.data, "val": self.options.val}
+        return {name: None if source is None else absolute_source(source) for name, source in given.items()}
 
     @classmethod
     def read(cls, folder: Path) -> TrainJob:
@@ -102,7 +118,7 @@ class TrainJob:
                 options=TaskOptions.from_json(record["options"]),
                 config=TrainConfig.from_json(record["config"]),
                 folder=folder,
-                output=record["output"],
+                output=_as_seen_from_here(record["output"]),
                 overwrite=record["overwrite"],
                 checkpoint=None if record["checkpoint"] is None else Path(record["checkpoint"]),
                 near=None if record["near"] is None else Path(record["near"]),
@@ -121,8 +137,16 @@ class TrainJob:
             checkpoint=checkpoint or self.checkpoint,
             output=output or self.output,
             # leave was given for the run's own output alone
-            overwrite=(self.overwrite if output is None else False) if overwrite is None else overwrite,
+            overwrite=(self.overwrite and self._writes_to(output)) if overwrite is None else overwrite,
         )
+
+    def _writes_to(self, output: str | None) -> bool:
+        return output in (None, self.output) or ("-" not in (output, self.output) and _same(str(output), self.output))
+
+    def is_on(self, name: str, source: str) -> bool:
+        """Whether a source, as named from the current folder, is the run's ``data`` or ``val``."""
+        own = getattr(self.options, name)
+        return own is not None and _same(absolute_source(source), absolute_source(own))
 
     @property
     def saved(self) -> bool:
@@ -135,8 +159,6 @@ class TrainJob:
             return False
         for name in (_JOB, _START):
             (self.folder / name).unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
         return True
 
     def train(
@@ -150,7 +172,7 @@ class TrainJob:
         # without a saved state the run was killed before its first save: it begins again
         resume = self.resume and self.saved
         return train_bundle(
-            load_bundle(self.folder / _START),
+            load_bundle(self.start if self.start is not None else self.folder / _START),
             self.options,
             self.config,
             run=RunFolder(path=self.folder, resume=resume, force=True, command=tuple(sys.argv)),
@@ -160,6 +182,18 @@ class TrainJob:
             on_event=on_event,
             on_progress=on_progress,
         )
+
+
+def _as_seen_from_here(output: str) -> str:
+    """An output's shortest path: relative to the current folder where it lies beneath."""
+    path = Path(output)
+    beneath = path.is_absolute() and path.is_relative_to(Path.cwd())
+    return str(path.relative_to(Path.cwd())) if beneath else output
+
+
+def _same(one: str, other: str) -> bool:
+    # links count: the working folder itself may be reached by one
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _absolute(path: Path | None) -> str | None:

@@ -142,6 +142,5 @@ def _save(
 
 def _record(data: Mapping[str, Any], options: TaskOptions, engine: Mapping[str, Any]) -> dict[str, Any]:
     """The training record: what, how, and what came of it; paths of this machine left out."""
-    named = {**data, "name": Path(options.data).name}
     told = {key: value for key, value in options.to_json().items() if key not in ("data", "val", "new_head")}
-    return {"data": named, "options": told, "versions": versions(), **engine}
+    return {"data": dict(data), "options": told, "versions": versions(), **engine}
