@@ -18,7 +18,7 @@ from tests.cli.program import Ran, run
 
 GOLDEN = Path(__file__).parent / "golden"
 # their keys are names of the user's, or of versions of others
-_OPEN = ("versions", "short_classes", "metadata")
+_OPEN = ("versions", "short_classes")
 
 
 def keys_of(value: Any, path: str = "") -> Iterator[str]:
