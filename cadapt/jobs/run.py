@@ -69,13 +69,8 @@ class TrainJob:
         """
         content = bundle_bytes(adapter if isinstance(adapter, Bundle) else load_bundle(adapter))
         job = cls(options=options, config=config, folder=folder, start=content, **rest)
-        begun = next((name for name in (_JOB, _START) if (folder / name).exists()), None)
-        if begun is not None and not force:
-            # killed before the engine wrote anything, and a run all the same
-            raise UsageError(
-                f"'{folder}' holds a run already ({begun})",
-                hint="go on with it by --resume, begin anew over it by --force, or name another folder",
-            )
+        if not force:
+            _refuse_begun(folder)
         prepare(RunFolder(path=folder, force=force))
         try:
             write_atomically(folder / _START, content, overwrite=True)
@@ -181,6 +176,16 @@ class TrainJob:
             workers=workers,
             on_event=on_event,
             on_progress=on_progress,
+        )
+
+
+def _refuse_begun(folder: Path) -> None:
+    """Refuse a run that was killed before the engine wrote anything: it is one all the same, and can be resumed."""
+    begun = next((name for name in (_JOB, _START) if (folder / name).exists()), None)
+    if begun is not None:
+        raise UsageError(
+            f"'{folder}' holds a run already ({begun})",
+            hint="go on with it by --resume, begin anew over it by --force, or name another folder",
         )
 
 
