@@ -113,13 +113,7 @@ def reload_backbone(
     """
     wrong: RefusedError | None = None
     for path in _candidates(base, checkpoint, near):
-        found = _load(
-            base.name,
-            checkpoint=path,
-            pretrained=base.source in ("pretrained", "given"),
-            seed=base.seed or 0,
-            settings=base.settings,
-        )
+        found = _build_again(base, path)
         try:
             return check_identity(replace(found, preprocessing=preprocessing), base)
         except RefusedError as error:
@@ -128,6 +122,22 @@ def reload_backbone(
     if wrong is not None:
         raise wrong
     raise CadaptError(f"cannot find the base's checkpoint {base.checkpoint}", hint="say where it is: --checkpoint FILE")
+
+
+def _build_again(base: Base, path: Path | None) -> Backbone:
+    settings = dict(base.settings)
+    if path is not None or base.source == "random":
+        return _load(base.name, checkpoint=path, pretrained=False, seed=base.seed or 0, settings=settings)
+    try:
+        return _load(base.name, settings=settings)
+    except UsageError:
+        raise
+    except CadaptError as error:
+        made = "was a model made in Python" if base.source == "given" else "has its weights on the hub"
+        raise CadaptError(
+            f"the adapter's base, {base.name}, {made}, and they cannot be had: {error.message}",
+            hint="--checkpoint FILE takes its weights from disk; from Python, cadapt.load(path, model)",
+        ) from error
 
 
 def check_identity(found: Backbone, expected: Base) -> Backbone:

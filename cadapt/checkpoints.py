@@ -75,6 +75,10 @@ def fill_model(model: nn.Module, state: Mapping[str, torch.Tensor], name: str, p
     Raises:
         CadaptError: they do not fit the architecture, with the first of what is missing, unexpected or misshapen.
     """
+    if any(key.startswith("adapters.") for key in state):
+        raise CadaptError(
+            f"{path} is an adapter file, expected the weights of {name}", hint="an adapter is given by -m"
+        )
     own: dict[str, torch.Tensor] = model.state_dict()
     wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

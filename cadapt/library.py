@@ -13,7 +13,7 @@ from torch import nn
 from cadapt.adapted import AdaptedModel
 from cadapt.backbone import Backbone, check_identity, describe_model, reload_backbone
 from cadapt.bundle import Bundle, load_bundle, save_bundle
-from cadapt.errors import CadaptError, RefusedError
+from cadapt.errors import CadaptError, RefusedError, UsageError
 from cadapt.planning import plan_insertions, survey, with_head
 from cadapt.surgery import operate
 
@@ -58,6 +58,8 @@ def insert(
     >>> sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     15170
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"insert takes a model, not {model!r:.60}", hint="timm.create_model(NAME, pretrained=True)")
     backbone = describe_model(model, img_size)
     surveyed = survey(backbone)
     plan = plan_insertions(backbone, scheme, settings, include=include, exclude=exclude, seed=seed, surveyed=surveyed)
@@ -68,10 +70,23 @@ def insert(
 def save(model: AdaptedModel, path: str | Path, *, overwrite: bool = False) -> None:
     """Write an adapted model's adapter file: its plan, its trained tensors and what the task needs, not the base.
 
+    ``model.classes`` names its outputs; without names the file can be loaded here, and not evaluated or exported.
+
     Raises:
-        UsageError: the file exists and ``overwrite`` is false.
+        UsageError: the file exists and ``overwrite`` is false, the model is no adapted one, or has other classes than
+            outputs.
         CadaptError: it cannot be written.
     """
+    if not isinstance(model, AdaptedModel):
+        raise UsageError(
+            f"a {type(model).__name__} has no adapters to save", hint="cadapt.insert makes an adapted model"
+        )
+    outputs = model.plan.head.num_classes if model.plan.head is not None else None
+    if model.classes and outputs != len(model.classes):
+        raise UsageError(
+            f"model.classes has {len(model.classes)} names, its head {outputs} outputs",
+            hint="name each output, in order",
+        )
     save_bundle(path, to_bundle(model), overwrite=overwrite)
 
 

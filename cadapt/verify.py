@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cadapt.adapted import AdaptedModel, disabled
+from cadapt.adapted import ADAPTERS, AdaptedModel, disabled
 from cadapt.backbone import Backbone
 from cadapt.errors import CadaptError
 
@@ -17,7 +17,8 @@ class InsertionCheck:
     """What was seen: whether outputs are bit-identical with the adapters on and off, and how far on is from the base.
 
     ``max_error`` is the largest absolute difference of the logits with the adapters on, ``scale`` the base's largest
-    logit.
+    logit. ``reaches`` says whether adapters that are not zero change the outputs at all: a base whose last norms start
+    at zero, as timm's ResNets with random weights do, mutes them.
     """
 
     identical_on: bool
@@ -25,6 +26,7 @@ class InsertionCheck:
     max_error: float
     scale: float
     batch: int
+    reaches: bool
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
@@ -36,7 +38,7 @@ def check_insertion(backbone: Backbone, model: AdaptedModel, *, batch: int = 2, 
 
     Args:
         backbone: the untouched base.
-        model: the adapted model.
+        model: the adapted model; its adapters are disturbed once it has been compared.
         batch: pictures.
         seed: of the pictures' normal noise.
 
@@ -54,6 +56,8 @@ def check_insertion(backbone: Backbone, model: AdaptedModel, *, batch: int = 2, 
             adapted = model(images)
             with disabled(model):
                 pristine = model(images)
+            _disturb(model, seed)
+            reaches = not model.plan.insertions or not torch.equal(model(images), expected)
     finally:
         model.train(training)
     if not torch.equal(pristine, expected):
@@ -65,4 +69,13 @@ def check_insertion(backbone: Backbone, model: AdaptedModel, *, batch: int = 2, 
         max_error=float((adapted - expected).abs().max()),
         scale=float(expected.abs().max()),
         batch=batch,
+        reaches=reaches,
     )
+
+
+def _disturb(model: AdaptedModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{ADAPTERS}.") and not name.startswith(f"{ADAPTERS}.head."):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data = parameter.data + 0.1 * noise.to(parameter.device, parameter.dtype)

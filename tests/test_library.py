@@ -10,10 +10,14 @@ import torch
 from torch import nn
 
 import cadapt
+from cadapt.backbone import describe_model
+from cadapt.bundle import save_bundle
 from cadapt.errors import RefusedError, UsageError
 from cadapt.library import to_bundle
 from cadapt.plan import Plan
 from cadapt.preprocessing import Preprocessing
+from cadapt.surgery import operate
+from cadapt.verify import check_insertion
 
 
 def small(**settings: object) -> nn.Module:
@@ -148,17 +152,39 @@ def test_forged_preprocessing_is_refused(field: str, value: object) -> None:
 def test_class_names_must_match_the_head(tmp_path: Path) -> None:
     model = cadapt.insert(small(), "linear", num_classes=5)
     model.classes = ("only", "two")
-    cadapt.save(model, tmp_path / "adapter.safetensors")
+    with pytest.raises(UsageError, match="2 names, its head 5 outputs"):
+        cadapt.save(model, tmp_path / "adapter.safetensors")
+    save_bundle(tmp_path / "forged.safetensors", to_bundle(model), overwrite=False)
     with pytest.raises(RefusedError, match="class names"):
-        cadapt.load(tmp_path / "adapter.safetensors", small())
+        cadapt.load(tmp_path / "forged.safetensors", small())
+
+
+def test_what_is_no_model_is_told() -> None:
+    with pytest.raises(UsageError, match="takes a model"):
+        cadapt.insert("test_resnet")
+    with pytest.raises(UsageError, match="no adapters to save"):
+        cadapt.save(small(), "unused.safetensors")
+
+
+def test_a_base_made_in_python_is_asked_for(tmp_path: Path) -> None:
+    cadapt.save(cadapt.insert(small(), "linear"), tmp_path / "adapter.safetensors")
+    with pytest.raises(cadapt.CadaptError, match="was a model made in Python"):
+        cadapt.load(tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize(("scheme", "reaches"), [("conv-par", False), ("res-par", True)])
+def test_adapters_that_a_base_mutes_are_told(scheme: str, reaches: bool) -> None:
+    base = small()
+    backbone = describe_model(base)
+    model = cadapt.insert(base, scheme)
+    check = check_insertion(backbone, model)
+    assert check.identical_on
+    assert check.reaches is reaches
 
 
 def test_two_adapters_at_one_place_are_refused() -> None:
     base = small()
     plan = cadapt.insert(base, "conv-par").plan
     doubled = replace(plan, insertions=(plan.insertions[0], plan.insertions[0]))
-    from cadapt.backbone import describe_model
-    from cadapt.surgery import operate
-
     with pytest.raises(RefusedError, match="two adapters"):
         operate(describe_model(base), doubled)

@@ -52,7 +52,10 @@ def trained_model(bundle: Bundle, *, checkpoint: Path | None = None, near: Path 
         CadaptError: it was never trained, so its outputs mean nothing yet.
     """
     if not bundle.classes:
-        raise CadaptError("the adapter was not trained: it has no classes yet", hint="cadapt train DATA")
+        raise CadaptError(
+            "the adapter was not trained: it has no classes yet",
+            hint="cadapt train DATA; from Python, set model.classes before cadapt.save",
+        )
     return from_bundle(bundle, base_of(bundle, checkpoint=checkpoint, near=near))
 
 

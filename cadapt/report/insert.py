@@ -50,6 +50,12 @@ def _row(model: AdaptedModel, insertion: Insertion) -> tuple[str, ...]:
 def show_check(check: InsertionCheck, output: str, size: int) -> None:
     """Show that the adapted model was compared with the base, and what was written."""
     seen = "bit-identical to the base" if check.identical_on else f"up to {check.max_error:.3g} from the base's logits"
+    if not check.reaches:
+        stderr_console().print(
+            "note: the base mutes these adapters: whatever they learn does not reach its outputs (timm starts the last "
+            "norm of residual branches at zero; random weights keep it). Use real weights, or a res- scheme",
+            style="yellow",
+        )
     where = "stdout" if output == "-" else output
     stderr_console().print(
         f"checked on a random batch of {check.batch}: {seen}; bit-identical with the adapters off\n"
