@@ -125,7 +125,7 @@ class TrainJob:
     def with_changes(
         self, config: Mapping[str, Any], *, checkpoint: Path | None, output: str | None, overwrite: bool | None
     ) -> TrainJob:
-        """The same run with settings that change nothing but rounding, or with other files; None leaves one as it is."""
+        """The same run with settings that change nothing but rounding, or with other files; None keeps one as it is."""
         return replace(
             self,
             config=replace(self.config, **config),
