@@ -69,8 +69,10 @@ def train_bundle(
         workers=max(1, processes),
         on_progress=on_progress,
     )
-    if data.note is not None and on_event is not None:
-        on_event(Notice(message=data.note))
+    if on_event is not None:
+        for message in (data.note, _counted(data)):
+            if message is not None:
+                on_event(Notice(message=message))
     backbone = base_of(bundle, checkpoint=checkpoint, near=near)
     model = _with_task_head(bundle, backbone, data.classes, options, config.seed)
     fit_data = _fit_data(data, model, options, config, processes)
@@ -79,6 +81,11 @@ def train_bundle(
     model.training_record = _record(data.record, options, {"config": config.to_json(), **result.to_json()})
     trained = sum(item.numel() for item in model.parameters() if item.requires_grad)
     return Trained(bundle=to_bundle(model), result=result, trainable_parameters=trained, data=data.record)
+
+
+def _counted(data: TrainingData) -> str:
+    held = "none held out" if data.val is None else f"{len(data.val)} to validate on"
+    return f"{len(data.train)} pictures of {len(data.classes)} classes to train on, {held}"
 
 
 def _with_task_head(

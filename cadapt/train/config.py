@@ -83,7 +83,7 @@ class TrainConfig:
         if self.min_lr > self.lr:
             raise UsageError(
                 f"training setting min_lr is {self.min_lr:g}, expected at most lr, {self.lr:g}",
-                hint=f"set min_lr to 0, or lr above {self.min_lr:g}",
+                hint=f"take an lr above {self.min_lr:g}",
             )
 
     def to_json(self) -> dict[str, Any]:
