@@ -135,3 +135,10 @@ def test_inspect(target: str, trained_adapter: Path) -> None:
     shown = run("inspect", named)
     assert (shown.code, shown.stdout) == (0, b"")
     assert "test_resnet" in shown.stderr
+
+
+def test_inspect_small_pictures() -> None:
+    # at the last stage a map is a single pixel, of which a training batch norm cannot take statistics
+    found = run("inspect", "test_resnet", "--img-size", "32", "--json", "-q")
+    assert found.code == 0, found.stderr
+    assert {item["name"] for item in found.json["schemes"] if item["reason"] is None} >= {"full", "conv-par", "res-seq"}
