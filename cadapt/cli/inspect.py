@@ -29,7 +29,8 @@ def command(
 ) -> None:
     """Show what is in a model or a file.
 
-    For a model: stages, blocks and sites, and what each scheme would add (parameters, MACs, activation memory).
+    For a model: stages, blocks and sites, and what each scheme would add (parameters, MACs, activation memory). For a
+    glob: a row for each model, with what each scheme would add.
     """
     if target == "-":
         source = find_adapter("-")
@@ -44,11 +45,9 @@ def command(
             f"no file at '{target}'", hint="a timm model is named without a suffix: cadapt inspect resnet50"
         )
     if any(mark in target for mark in "*?["):
-        from cadapt.describe import list_architectures
-        from cadapt.report.describe import show_listing
-
-        found = list_architectures(target)
-        _give({"schema": 1, "kind": "listing", "models": found}, as_json, quiet, lambda: show_listing(found))
+        if sites:
+            raise UsageError("--sites lists those of one model", hint="cadapt inspect MODEL --sites")
+        _inspect_glob(target, img_size=img_size, as_json=as_json, quiet=quiet)
         return
     _inspect_model(target, sites=sites, img_size=img_size, as_json=as_json, quiet=quiet)
 
@@ -61,11 +60,22 @@ def _give(record: dict[str, Any], as_json: bool, quiet: bool, show: Any) -> None
 
 
 def _inspect_model(name: str, *, sites: bool, img_size: int | None, as_json: bool, quiet: bool) -> None:
-    from cadapt.describe import describe_architecture
+    from cadapt.describe.model import describe_architecture
     from cadapt.report.describe import show_model
 
     summary = describe_architecture(name, img_size)
     _give(summary.to_json(), as_json, quiet, lambda: show_model(summary, sites=sites))
+
+
+def _inspect_glob(glob: str, *, img_size: int | None, as_json: bool, quiet: bool) -> None:
+    from cadapt.describe.listing import list_architectures
+    from cadapt.report.listing import show_listing, show_surveying
+
+    with show_surveying(quiet=quiet) as progress:
+        listing = list_architectures(glob, img_size, progress=progress)
+    _give(listing.to_json(), as_json, quiet, lambda: show_listing(listing))
+    if listing.failed == len(listing.models):
+        raise CadaptError(f"no model that matches '{glob}' could be surveyed", hint=listing.models[0].error)
 
 
 def _inspect_file(
@@ -124,7 +134,7 @@ def _show_checkpoint(
 ) -> None:
     from cadapt.backbone import load_backbone
     from cadapt.checkpoints import read_checkpoint
-    from cadapt.describe import summarise
+    from cadapt.describe.model import summarise
     from cadapt.report.describe import show_facts, show_model
 
     if backbone is not None:

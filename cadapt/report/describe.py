@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cadapt.report.console import amount, count, literal, new_table, percent, stderr_console
+from cadapt.report.training_record import number_of, tell_training
 
 if TYPE_CHECKING:
     from cadapt.bundle import Header
-    from cadapt.describe import ModelSummary
+    from cadapt.describe.model import ModelSummary
+    from cadapt.site import Site
 
 _LONGEST = 1000
 
@@ -38,7 +40,8 @@ def show_model(summary: ModelSummary, *, sites: bool) -> None:
 
 
 def _site_table(summary: ModelSummary) -> Any:
-    table = new_table("site", "kind", "in", "out", "layout", "K", "stride>", "groups>", "σ", "stage>", "operator")
+    columns = ("site", "kind", "in", "out", "layout", "K", "adapter's K")
+    table = new_table(*columns, "stride>", "groups>", "σ", "stage>", "operator")
     for site in summary.sites:
         table.add_row(
             literal(site.name),
@@ -46,7 +49,8 @@ def _site_table(summary: ModelSummary) -> Any:
             "×".join(map(str, site.in_shape)),
             "×".join(map(str, site.out_shape)),
             site.layout,
-            "" if site.kernel is None else "×".join(map(str, site.kernel)),
+            shown_kernel(site.kernel),
+            _adapter_kernels(summary, site),
             str(site.stride[0]),
             str(site.groups),
             site.activation,
@@ -54,6 +58,24 @@ def _site_table(summary: ModelSummary) -> Any:
             site.operator,
         )
     return table
+
+
+def shown_kernel(kernel: Sequence[int] | None) -> str:
+    """A kernel as people write it: ``3×3``; nothing for None."""
+    return "" if kernel is None else "×".join(map(str, kernel))
+
+
+def _adapter_kernels(summary: ModelSummary, site: Site) -> str:
+    """The kernels of the adapters that schemes put at a site: one where all agree, else which scheme has which."""
+    schemes: dict[str, list[str]] = {}
+    for scheme in summary.schemes:
+        for adapter in scheme.adapters:
+            # a stage may bear the name of its only block: what is adapted tells them apart
+            if adapter.site == site.name and adapter.kind == site.kind:
+                schemes.setdefault(shown_kernel(adapter.kernel), []).append(scheme.name)
+    if len(schemes) == 1:
+        return next(iter(schemes))
+    return ", ".join(f"{kernel} {'/'.join(names)}" for kernel, names in schemes.items())
 
 
 def _scheme_table(summary: ModelSummary) -> Any:
@@ -74,17 +96,6 @@ def _scheme_table(summary: ModelSummary) -> Any:
     return table
 
 
-def show_listing(found: Sequence[Mapping[str, Any]]) -> None:
-    """Show the architectures that match a glob."""
-    table = new_table("model", "input", "weights")
-    for item in found:
-        size = "×".join(map(str, item["input_size"] or ()))
-        table.add_row(item["name"], size, literal(", ".join(item["weights"]) or "none"))
-    console = stderr_console()
-    console.print(table)
-    console.print(f"{len(found)} models")
-
-
 def show_header(header: Header, name: str) -> None:
     """Show everything an adapter file says about itself."""
     plan, console = header.plan, stderr_console()
@@ -95,7 +106,9 @@ def show_header(header: Header, name: str) -> None:
         "base": f"{base.name} ({origin}), {count(base.parameters)} parameters, SHA-256 {base.sha256[:16]}…",
         "adapters": f"{len(plan.insertions)}",
         "tensors": f"{len(header.tensors)}, {amount(sum(item.bytes for item in header.tensors.values()))}",
-        "head": "none yet: cadapt train adds it" if plan.head is None else f"{plan.head.num_classes} classes",
+        "head": "none yet: cadapt train adds it"
+        if plan.head is None
+        else number_of(plan.head.num_classes, "class", "classes"),
         "classes": ", ".join(header.classes[:20]) + (" …" if len(header.classes) > 20 else "") or "none yet",
         "batch norm": plan.bn_policy,
         "input": "×".join(map(str, header.preprocessing.input_size))
@@ -109,8 +122,8 @@ def show_header(header: Header, name: str) -> None:
     table.show_header = False
     for key, value in rows.items():
         table.add_row(key, literal(value))
-    for key, value in header.training.items():
-        table.add_row(literal(f"training: {key}"), literal(str(value)))
+    for key, value in tell_training(header.training).items():
+        table.add_row(literal(key), literal(value))
     console.print(table)
 
 

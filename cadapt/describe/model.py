@@ -1,4 +1,4 @@
-"""What a model offers for surgery: its stages, blocks and sites, and what every scheme would add to it."""
+"""What one model offers for surgery: its stages, blocks and sites, and what every scheme would add to it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import timm
 import torch
 
 from cadapt.adapters import SCHEMES
 from cadapt.backbone import Backbone, check_architecture, load_backbone
 from cadapt.costing import cost
-from cadapt.errors import UsageError
+from cadapt.describe.adapters import AdapterSummary, summarise_adapters
 from cadapt.planning import Survey, fitting_schemes, plan_insertions, survey
 from cadapt.site import Site
 from cadapt.surgery import operate
@@ -46,6 +45,7 @@ class SchemeSummary:
     macs_added: int
     activation_bytes: int
     reason: str | None
+    adapters: tuple[AdapterSummary, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,23 +95,6 @@ def summarise(backbone: Backbone) -> ModelSummary:
     )
 
 
-def list_architectures(glob: str) -> list[dict[str, Any]]:
-    """The timm architectures that match a glob, with their input size and the tags of their weights.
-
-    Raises:
-        UsageError: none does.
-    """
-    names = timm.list_models(glob)
-    if not names:
-        raise UsageError(f"no model matches '{glob}'", hint="cadapt inspect '*resnet*'")
-    found = []
-    for name in names:
-        config = timm.get_pretrained_cfg(name)
-        tags = [item.partition(".")[2] for item in timm.list_pretrained(f"{name}.*")]
-        found.append({"name": name, "input_size": list(config.input_size) if config else None, "weights": tags})
-    return found
-
-
 def _stages(sites: tuple[Site, ...]) -> tuple[StageSummary, ...]:
     return tuple(
         StageSummary(
@@ -144,4 +127,5 @@ def _scheme(backbone: Backbone, surveyed: Survey, name: str, reason: str | None,
         macs_added=spent.macs - base_macs,
         activation_bytes=spent.activation_bytes // _BATCH,
         reason=None,
+        adapters=summarise_adapters(plan),
     )
