@@ -17,15 +17,19 @@ SiteKind = Literal["block", "conv", "downsample", "stage", "attention", "mlp", "
 Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
 Pair = tuple[int, int]
 
+_LEAST = {"grid": 1, "out_grid": 1, "kernel": 1, "stride": 1, "dilation": 1, "prefix_tokens": 0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """A place where an adapter can join the base.
 
     ``in_shape`` and ``out_shape`` leave out the batch and follow ``layout``; ``grid`` is the height and width of the
-    *input* on its grid, also for tokens, which may be preceded by ``prefix_tokens`` (class token, registers).
+    *input* on its grid, also for tokens, which may be preceded by ``prefix_tokens`` (class token, registers), as many
+    in the output as in the input; ``out_grid`` is that of output tokens (maps carry theirs in ``out_shape``).
     ``kernel``, ``stride``, ``padding`` and ``dilation`` are those of the adapted component: for a block the kernel
-    is that of its functional conv (or its attention window) and the stride is that from its input to its output.
+    is that of its functional conv (or its attention window) and the stride is that from its input to its output;
+    ``kernel`` is None where nothing inside has one (pooling, global attention, an MLP).
     ``padding`` is ``"same"`` where the base pads at run time by TensorFlow's rule. ``activation`` is the base's own
     non-linearity at this place by timm's name. ``call`` counts the uses of a module that is called more than once.
     """
@@ -46,6 +50,7 @@ class Site:
     stage: int | None = None
     prefix_tokens: int = 0
     call: int = 0
+    out_grid: Pair | None = None
 
     @property
     def name(self) -> str:
@@ -62,6 +67,14 @@ class Site:
         """Channels of the output, whatever its layout."""
         return self.out_shape[0] if self.layout == "NCHW" else self.out_shape[-1]
 
+    @property
+    def output_grid(self) -> Pair | None:
+        """Height and width of the output on its grid, whatever its layout; None where it has none."""
+        if self.layout in ("NCHW", "NHWC") and len(self.out_shape) == 3:
+            first = 1 if self.layout == "NCHW" else 0
+            return self.out_shape[first], self.out_shape[first + 1]
+        return self.out_grid
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that :meth:`from_json` reads back to an equal site."""
         return asdict(self)
@@ -71,7 +84,7 @@ class Site:
         """Read a site back, checking what an untrusted file may hold.
 
         Raises:
-            RefusedError: a field is missing or of the wrong kind.
+            RefusedError: a field is missing, of the wrong kind, or smaller than it can be.
         """
         known = {field.name for field in fields(cls)}
         values = {
@@ -84,4 +97,8 @@ class Site:
             if not isinstance(shape, tuple) or not all(isinstance(size, int) and size > 0 for size in shape):
                 raise RefusedError(f"damaged plan: {key} of site '{values['path']}' is {shape!r}, expected sizes")
         check_kinds(cls, values)
+        for key, least in _LEAST.items():
+            value = values.get(key)
+            if value is not None and min(value if isinstance(value, tuple) else (value,)) < least:
+                raise RefusedError(f"damaged plan: {key} of site '{values['path']}' is {value!r}, below {least}")
         return cls(**cast("dict[str, Any]", values))

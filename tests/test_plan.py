@@ -38,6 +38,7 @@ SITES = st.builds(
     stage=st.none() | st.integers(0, 5),
     prefix_tokens=st.integers(0, 5),
     call=st.integers(0, 3),
+    out_grid=st.none() | PAIRS,
 )
 INSERTIONS = st.builds(
     Insertion, site=SITES, scheme=NAMES, form=st.sampled_from(["parallel", "sequential"]), config=SETTINGS

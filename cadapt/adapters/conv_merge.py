@@ -37,7 +37,7 @@ def merge_conv_adapter(site: Site, form: Form, adapter: nn.Module, layer: nn.Mod
         kind = type(parts.activation).__name__
         return Refusal(reason=f"its {kind} between the two convs is not linear")
     if not isinstance(layer, nn.Conv2d):
-        return Refusal(reason=f"what the {site.kind} computes is not one conv that could take it up")
+        return Refusal(reason=_name_what_it_is(site, layer))
     if type(layer) not in _PLAIN_CONVS:
         return Refusal(reason=f"the weight of a {type(layer).__name__} is computed at run time, not a plain kernel")
     if layer.padding_mode != "zeros":
@@ -45,6 +45,17 @@ def merge_conv_adapter(site: Site, form: Form, adapter: nn.Module, layer: nn.Mod
     if form == "sequential":
         return _merge_behind(parts, layer)
     return _merge_beside(parts, layer)
+
+
+def _name_what_it_is(site: Site, layer: nn.Module | None) -> str:
+    """Why a site whose layer is no conv has nowhere to fold an adapter to, by what stands there."""
+    if site.kind not in ("conv", "downsample") or layer is None:
+        return f"what the {site.kind} computes is not one conv that could take it up"
+    kind = site.operator or type(layer).__name__
+    convs = sum(isinstance(module, nn.Conv2d) for module in layer.modules())
+    if convs > 1:
+        return f"the {kind} is {convs} convs side by side, and not one that could take it up"
+    return f"the {kind} is no plain conv: it has no kernel of its own that could take it up"
 
 
 def _composed(parts: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -272,6 +272,7 @@ def test_a_site_without_a_grid_is_refused() -> None:
         ({"kernel": 0}, "kernel is 0"),
         ({"conv_type": "dense"}, "depthwise | regular | linear"),
         ({"activation": "reluu"}, "unknown activation 'reluu'"),
+        ({"activation": ""}, "unknown activation ''"),
         ({"alpha_init": "big"}, "alpha_init is 'big'"),
         ({"init": None}, "init is None"),
     ],
