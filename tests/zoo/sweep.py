@@ -1,0 +1,62 @@
+"""Every scheme on every architecture, in a folder where a killed run goes on: ``python -m tests.zoo.sweep --out DIR``.
+
+``CADAPT_UPDATE_GOLDEN=1`` looks at all of timm, and writes what it finds into the golden table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from tests.zoo.census import architectures
+from tests.zoo.golden import read_golden, row_of, update_golden, updating
+from tests.zoo.stages import Sweep
+from tests.zoo.summary import write_reports
+
+STAGES = ("sites", "numbers", "rebuild")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the stages asked for, then write the reports."""
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo.sweep", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the sweep's folder")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="architectures")
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--memory", type=float, default=11.0, help="GB that one process may hold")
+    parser.add_argument("--seconds", type=float, default=900.0, help="that one architecture may take")
+    parser.add_argument("--report", action="store_true", help="only write the reports again")
+    given = parser.parse_args(arguments)
+    sweep = Sweep(folder=given.out, jobs=given.jobs, limit_gb=given.memory, limit_seconds=given.seconds, say=_say)
+    if not given.report:
+        run(sweep, chosen(given.only), STAGES if given.stage == "all" else (given.stage,))
+    print(write_reports(sweep))
+
+
+def chosen(globs: list[str]) -> list[str]:
+    """The architectures of the golden table, or all of timm's while it is written, that match a glob."""
+    names = architectures() if updating() or not read_golden() else tuple(read_golden())
+    return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+
+
+def run(sweep: Sweep, names: list[str], stages: tuple[str, ...] = STAGES) -> None:
+    """Run stages one after another over all names."""
+    if "sites" in stages:
+        sweep.sites(names)
+        if updating():
+            found = sweep.records("sites")
+            update_golden(row_of(found[name]) for name in names if found[name].get("kind"))
+    if "numbers" in stages:
+        sweep.numbers(names)
+    if "rebuild" in stages:
+        sweep.rebuild(names)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
