@@ -204,7 +204,7 @@ def _scheme(name: str, summary: str, needs: str, select: Any) -> Scheme:
 
 
 _CONVS = "convs with a kernel over 1 inside or between its blocks, or attention on a grid"
-_BLOCKS = "blocks on a grid: residual blocks (an addition joins a branch to a shortcut), or modules that repeat"
+_BLOCKS = "blocks on a grid (a branch of convs, attention or an MLP added to a shortcut, or modules that repeat)"
 SCHEMES = (
     _scheme("conv-par", "Conv-Adapter parallel to each functional conv", _CONVS, _on_convs("parallel")),
     _scheme("conv-seq", "Conv-Adapter after each functional conv", _CONVS, _on_convs("sequential")),
