@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import fx, nn
 
 from cadapt.graph.blocks import Block
+from cadapt.graph.convs import Conv, conv_of, widest
 from cadapt.graph.operators import (
     GATES,
     activation_of,
-    conv_of,
     function_name,
     is_attention,
     is_linear,
@@ -22,52 +21,38 @@ from cadapt.graph.operators import (
     shape_of,
 )
 from cadapt.graph.residual import Residual
+from cadapt.graph.units import Unit
 from cadapt.site import Layout, Pair
 
 
-def pair(value: Any) -> Pair:
-    """A module's setting for height and width, given as one number or two."""
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def _odd(kernel: Pair) -> Pair:
+def odd(kernel: Pair) -> Pair:
     """The largest odd kernel within: only that keeps a block's grid with padding on both sides."""
     return kernel[0] - 1 + kernel[0] % 2, kernel[1] - 1 + kernel[1] % 2
 
 
-def grid_of(shape: tuple[int, ...], layout: Layout) -> Pair | None:
-    """Height and width of a shape without its batch, or None where it has no grid."""
-    if layout == "NCHW" and len(shape) == 3:
-        return shape[1], shape[2]
-    return (shape[0], shape[1]) if layout == "NHWC" and len(shape) == 3 else None
-
-
-def functional_geometry(block: Block, model: nn.Module) -> tuple[Pair | None, Pair, int]:
-    """Kernel, dilation and groups of the block's functional conv, or its attention window as a kernel."""
-    convs = [conv for node in block.scope.nodes if (conv := conv_of(node, model)) and max(conv.kernel_size) > 1]
-    if convs:
-        widest = max(convs, key=lambda conv: max(conv.kernel_size))
-        return _odd(pair(widest.kernel_size)), pair(widest.dilation), widest.groups
-    shape = shape_of(block.input)
-    grid = grid_of(shape[1:], "NHWC") if shape and len(shape) == 4 else None
-    for residual in block.residuals:
-        window = window_of(residual, model, grid)
-        if window is not None:
-            return window, (1, 1), 1
-    return None, (1, 1), 1
+def functional_conv(block: Block, units: Iterable[Unit]) -> Conv | None:
+    """The block's functional conv: the widest of its conv units."""
+    nodes = set(block.scope.nodes)
+    convs = [unit.conv for unit in units if set(unit.nodes) <= nodes]
+    return widest(convs) if convs else None
 
 
 def window_of(residual: Residual, model: nn.Module, grid: Pair | None) -> Pair | None:
-    """The side of a windowed attention's window, made odd: from how many tokens attend to each other."""
+    """The side of a windowed attention's window, made odd: from how many tokens attend to each other.
+
+    Windows are folded into the batch, or stand in a dimension of their own; attention over the whole grid is none.
+    """
     if grid is None or not residual.has_attention:
         return None
+    batch = (shape_of(residual.add) or (0,))[0]
     for node in residual.branch:
-        if is_attention(node, model):
-            shape = shape_of(node) or (0,)
-            queries = shape[-2]
-            side = math.isqrt(queries)
-            if side > 1 and side * side == queries:
-                return _odd((side, side))
+        shape = shape_of(node)
+        if shape is None or not is_attention(node, model):
+            continue
+        queries, side = shape[-2], math.isqrt(shape[-2])
+        folded = len(shape) > 4 or shape[0] > batch
+        if folded and side > 1 and side * side == queries < grid[0] * grid[1]:
+            return odd((side, side))
     return None
 
 

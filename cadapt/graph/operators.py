@@ -10,7 +10,8 @@ from torch import fx, nn
 
 ADDS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
 _NORM_FUNCTIONS = frozenset({"layer_norm", "group_norm", "batch_norm", "instance_norm", "rms_norm", "fast_layer_norm"})
-_ATTENTION_FUNCTIONS = frozenset({"softmax", "scaled_dot_product_attention"})
+CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
+_PRODUCTS = frozenset({"matmul", "bmm", "einsum", "baddbmm"})
 
 # torch's and timm's class or function names, lower case and without underscores → timm's name of the activation
 _ACTIVATIONS = {
@@ -35,6 +36,8 @@ _ACTIVATIONS = {
     "softmax": "softmax",
     "softplus": "softplus",
 }
+_ATTENTION_NAMES = frozenset({"softmax"})
+MIXERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 GATES = frozenset({"sigmoid", "hard_sigmoid", "softmax", "tanh"})
 
 
@@ -61,15 +64,26 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return None if shape is None else tuple(int(size) for size in shape)
 
 
-def conv_of(node: fx.Node, model: nn.Module) -> nn.Conv2d | None:
-    """The two-dimensional convolution a node calls: plain, weight-standardised or same-padded."""
-    module = module_of(node, model)
-    return module if isinstance(module, nn.Conv2d) else None
-
-
 def is_linear(node: fx.Node, model: nn.Module) -> bool:
     """Whether a node multiplies its last dimension with a learned matrix."""
     return isinstance(module_of(node, model), nn.Linear) or function_name(node) == "linear"
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a node multiplies two tensors element by element that both depend on the input: no linear map."""
+    if node.target not in (operator.mul, operator.imul, torch.mul, "mul", "mul_"):
+        return False
+    return _given_by_input(_tensor_arguments(node)) > 1
+
+
+def is_closed(module: nn.Module) -> bool:
+    """Whether a module that a node calls holds layers of its own: one that could not be traced through."""
+    return not isinstance(module, MIXERS) and any(isinstance(child, MIXERS) for child in module.modules())
+
+
+def _names_in(kind: type) -> tuple[str, ...]:
+    code = getattr(kind.forward, "__code__", None)  # type: ignore[attr-defined]
+    return code.co_names if code is not None else ()
 
 
 def is_norm(node: fx.Node, model: nn.Module) -> bool:
@@ -81,9 +95,17 @@ def is_norm(node: fx.Node, model: nn.Module) -> bool:
 
 
 def is_attention(node: fx.Node, model: nn.Module) -> bool:
-    """Whether a node weighs tokens against tokens."""
+    """Whether a node weighs tokens against tokens: a product of two matrices that both depend on the input.
+
+    A product that gives a single row or column is a pooling (global context), and no attention.
+    """
+    if function_name(node) == "scaled_dot_product_attention":
+        return True
+    if function_name(node) in _PRODUCTS:
+        shape = shape_of(node) or (0,)
+        return min(shape[-2:]) > 1 and _given_by_input(tensor_inputs(node)) > 1
     module = module_of(node, model)
-    return isinstance(module, nn.Softmax) or function_name(node) in _ATTENTION_FUNCTIONS
+    return module is not None and is_closed(module) and set(_names_in(type(module))) >= _ATTENTION_NAMES
 
 
 def activation_of(node: fx.Node, model: nn.Module) -> str | None:
@@ -105,6 +127,10 @@ def is_add(node: fx.Node) -> bool:
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes whose tensors a node reads; sizes and other scalars left out."""
     return [source for source in node.all_input_nodes if shape_of(source) is not None or _holds_tensors(source)]
+
+
+def _given_by_input(nodes: list[fx.Node]) -> int:
+    return sum(bool(node.meta["from_input"]) for node in nodes)
 
 
 def _tensor_arguments(node: fx.Node) -> list[fx.Node]:

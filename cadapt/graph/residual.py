@@ -1,19 +1,21 @@
 """Residual additions: which additions in a graph join a shortcut with a branch that computes something.
 
-For an addition, the immediate dominator is the tensor both operands come from. An operand whose path holds no conv,
-linear or attention is an identity shortcut; one with at most two convs and no non-linearity, beside a branch that
-has one, is a projection shortcut. Sums of parallel linear branches (re-parameterised convs) and merges of streams
-are neither.
+For an addition, the immediate dominator is the tensor both operands come from. Beside a branch with layers and a
+non-linearity, an operand whose path holds no conv, linear or attention is an identity shortcut, and one with at most
+two convs and no non-linearity is a projection shortcut. Sums of parallel linear branches (re-parameterised convs) and
+merges of streams are neither.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
-from cadapt.graph.flow import between, immediate_dominators, sources_of
-from cadapt.graph.operators import activation_of, conv_of, is_add, is_attention, is_linear, shape_of
+from cadapt.graph.flow import between, sources_of
+from cadapt.graph.operators import is_add, shape_of
+from cadapt.graph.traits import traits_of
 
 _MOST_PROJECTION_CONVS = 2
 
@@ -44,35 +46,37 @@ class _Path:
     bends: bool
 
 
-def _path(start: fx.Node, end: fx.Node, model: nn.Module) -> _Path:
+def _path(start: fx.Node, end: fx.Node) -> _Path:
     nodes = between(start, end)
-    convs = sum(conv_of(node, model) is not None for node in nodes)
-    linears = sum(is_linear(node, model) for node in nodes)
-    attends = any(is_attention(node, model) for node in nodes)
-    # a gate (sigmoid) counts: squeeze-and-excite bends a branch as much as a ReLU
-    bends = attends or any(activation_of(node, model) is not None for node in nodes)
-    return _Path(end=end, nodes=nodes, convs=convs, mixers=convs + linears, attends=attends, bends=bends)
+    traits = [traits_of(node) for node in nodes]
+    return _Path(
+        end=end,
+        nodes=nodes,
+        convs=sum(item.conv is not None for item in traits),
+        mixers=sum(item.mixes for item in traits),
+        attends=any(item.attends for item in traits),
+        bends=any(item.bends for item in traits),
+    )
 
 
 def _is_shortcut(path: _Path, other: _Path) -> bool:
-    if other.mixers == 0:
+    if other.mixers == 0 or not other.bends:
         return False
     if path.mixers == 0 and not path.attends:
         return True
-    return path.mixers <= _MOST_PROJECTION_CONVS and not path.bends and other.bends
+    return path.mixers <= _MOST_PROJECTION_CONVS and not path.bends
 
 
-def find_residuals(graph: fx.Graph, model: nn.Module) -> list[Residual]:
-    """Return the residual additions of a graph with recorded shapes and flow, in order."""
-    dominators = immediate_dominators(graph)
+def find_residuals(nodes: Iterable[fx.Node], dominators: Mapping[fx.Node, fx.Node]) -> list[Residual]:
+    """Return the residual additions among the nodes of a graph with recorded shapes and traits, in order."""
     found = []
-    for node in graph.nodes:
+    for node in nodes:
         if not is_add(node) or node not in dominators:
             continue
         operands = sources_of(node)
         if len(operands) != 2 or shape_of(operands[0]) != shape_of(operands[1]):
             continue
-        paths = [_path(dominators[node], operand, model) for operand in operands]
+        paths = [_path(dominators[node], operand) for operand in operands]
         for shortcut, branch in (paths, paths[::-1]):
             if not _is_shortcut(shortcut, branch):
                 continue

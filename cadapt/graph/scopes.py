@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from cadapt.graph.operators import shape_of, tensor_inputs
+from cadapt.graph.operators import tensor_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +82,12 @@ def border(nodes: tuple[fx.Node, ...]) -> tuple[list[fx.Node], list[fx.Node]]:
     return [node for node in inputs if node.op != "get_attr" and not _only_parameters(node)], list(outputs)
 
 
-def single_border(nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, fx.Node] | None:
-    """The one tensor in and the one tensor out of a set of nodes, or None where there are more or fewer."""
-    inputs, outputs = border(nodes)
-    if len(inputs) != 1 or len(outputs) != 1:
-        return None
-    if shape_of(inputs[0]) is None or shape_of(outputs[0]) is None:
-        return None
-    return inputs[0], outputs[0]
+def inside_of(scopes: Mapping[str, Scope], key: str, other: str) -> bool:
+    """Whether one module call ran inside another."""
+    parent = scopes[key].parent
+    while parent is not None and parent != other:
+        parent = scopes[parent].parent
+    return parent is not None
 
 
 def _only_sizes(user: fx.Node) -> bool:

@@ -6,21 +6,25 @@ pairs a site with its nodes in this very trace, for the splice that follows; the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import fx, nn
 
-from cadapt.graph.blocks import Block, find_blocks, find_units
+from cadapt.graph.blocks import Block, BlockFinder
 from cadapt.graph.branches import branch_kind, branch_path, trim_branch
-from cadapt.graph.flow import mark_flow, sources_of
-from cadapt.graph.geometry import functional_geometry, grid_of, layout_of, pair, usual_activation, window_of
-from cadapt.graph.operators import conv_of, module_of, shape_of
+from cadapt.graph.convs import conv_of, fit_grid
+from cadapt.graph.crossing import Crossings
+from cadapt.graph.flow import immediate_dominators, sources_of
+from cadapt.graph.geometry import functional_conv, layout_of, odd, usual_activation, window_of
+from cadapt.graph.grids import Grids
+from cadapt.graph.operators import module_of, shape_of
 from cadapt.graph.residual import Residual, find_residuals
-from cadapt.graph.scopes import find_scopes, plain_path, stack_of
-from cadapt.site import Layout, Site, SiteKind
+from cadapt.graph.scopes import find_scopes, plain_path
+from cadapt.graph.traits import mark_traits
+from cadapt.graph.units import Unit, call_of, find_units, stem_of
+from cadapt.site import Layout, Pair, Site, SiteKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,81 +57,103 @@ class _Finder:
     def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
         self.graph = graph
         self.model = model
-        mark_flow(graph)
-        self.order = {node: index for index, node in enumerate(graph.nodes)}
-        self.scopes = find_scopes(graph)
-        self.blocks = find_blocks(graph, model, self.scopes, find_residuals(graph, model))
+        mark_traits(graph, model)
+        dominators = immediate_dominators(graph)
+        residuals = find_residuals(graph.nodes, dominators)
+        scopes = find_scopes(graph)
+        crossings = Crossings(graph, dominators, {item.add: item.shortcut_end for item in residuals})
+        self.order = crossings.order
+        self.crossings = crossings
+        self.units = find_units(graph, model, scopes, dominators, residuals)
+        self.blocks = BlockFinder(
+            model=model,
+            scopes=scopes,
+            crossings=crossings,
+            residuals=residuals,
+            units=self.units,
+            stem=stem_of(self.units),
+        ).run()
+        self.scopes = scopes
+        self.grids = Grids(graph)
         self.usual_activation = usual_activation(graph.nodes, model) or "relu"
+        self.usual_window = self._usual_window()
         self.stage_of = _number_stages(self.blocks)
+        self.passed = _passed_by_all(graph, dominators)
 
     def run(self) -> tuple[Located, ...]:
-        found = [*self._blocks(), *self._convs(), *self._downsamples(), *self._stages()]
-        found += [*self._branches(), *self._linears()]
+        found = [*self._blocks(), *self._convs(), *self._stages(), *self._branches(), *self._linears()]
         return tuple(sorted(found, key=lambda item: (self.order[item.output], item.site.kind)))
 
     def _blocks(self) -> Iterable[Located]:
         for block in self.blocks:
-            kernel, dilation, groups = functional_geometry(block, self.model)
             layout = layout_of(block.input, block.scope.nodes, self.model)
             site = self._site("block", block.scope.path, block.scope.call, block.input, block.output, layout)
-            if site is None:
-                continue
-            padding = None if kernel is None else (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2))
-            site = replace(
-                site,
-                kernel=kernel,
-                dilation=dilation,
-                padding=padding or (0, 0),
-                groups=groups,
-                stage=self.stage_of[block.scope.key],
-                activation=usual_activation(block.scope.nodes, self.model) or self.usual_activation,
-                operator=block.scope.kind.__name__,
-            )
-            yield Located(site=site, input=block.input, output=block.output)
+            if site is not None:
+                yield Located(site=self._described(site, block), input=block.input, output=block.output)
 
-    def _convs(self) -> Iterable[Located]:
-        owner = {node: block for block in self.blocks for node in block.scope.nodes}
-        units = set() if self.blocks else set(find_units(self.graph, self.model))
-        for node in self.graph.nodes:
-            conv = conv_of(node, self.model)
-            if conv is None or max(conv.kernel_size) == 1 or not (node in owner or node in units):
-                continue
-            block = owner.get(node)
-            scope_nodes = block.scope.nodes if block else ()
-            yield self._conv_site("conv", node, conv, scope_nodes, self.stage_of[block.scope.key] if block else None)
-
-    def _downsamples(self) -> Iterable[Located]:
-        if not self.blocks:
-            return
-        inside = {node for block in self.blocks for node in block.scope.nodes}
-        first, last = self.order[self.blocks[0].output], self.order[self.blocks[-1].output]
-        for node in self.graph.nodes:
-            conv = conv_of(node, self.model)
-            if conv is None or node in inside or not first < self.order[node] < last:
-                continue
-            if max(conv.kernel_size) > 1 and max(conv.stride) > 1:
-                following = next(block for block in self.blocks if self.order[block.output] > self.order[node])
-                yield self._conv_site("downsample", node, conv, (), self.stage_of[following.scope.key])
-
-    def _conv_site(
-        self, kind: SiteKind, node: fx.Node, conv: nn.Conv2d, around: Sequence[fx.Node], stage: int | None
-    ) -> Located:
-        source = sources_of(node)[0]
-        site = self._site(kind, str(node.target), _call_of(node), source, node, "NCHW")
-        assert site is not None, node
-        same = isinstance(conv.padding, str) or "Same" in type(conv).__name__
+    def _described(self, site: Site, block: Block) -> Site:
+        """A block's or stage's site with what is known of its functional conv or its attention."""
         site = replace(
             site,
-            kernel=pair(conv.kernel_size),
-            stride=pair(conv.stride),
-            padding="same" if same else pair(conv.padding),
-            dilation=pair(conv.dilation),
-            groups=conv.groups,
+            activation=usual_activation(block.scope.nodes, self.model) or self.usual_activation,
+            operator=block.scope.kind.__name__,
+            stage=self.stage_of[block.scope.key],
+        )
+        conv = functional_conv(block, self.units)
+        if conv is not None:
+            conv = replace(conv, kernel=odd(conv.kernel))
+            if site.grid and site.output_grid:
+                conv = fit_grid(conv, site.grid, site.output_grid)
+            return replace(
+                site,
+                kernel=conv.kernel,
+                stride=conv.stride,
+                dilation=conv.dilation,
+                padding=conv.padding,
+                groups=conv.groups,
+            )
+        windows = (self._window(residual, site.grid) for residual in block.residuals)
+        window = next((item for item in windows if item is not None), None)
+        return replace(site, kernel=window, padding=(window[0] // 2, window[1] // 2)) if window else site
+
+    def _convs(self) -> Iterable[Located]:
+        """Every conv unit behind the stem: those of blocks, those that join stages, those between streams."""
+        owner = {node: block for block in self.blocks for node in block.scope.nodes}
+        start = min((self.order[block.input] for block in self.blocks), default=-1)
+        last = max((self.order[block.output] for block in self.blocks), default=-1)
+        for unit in self.units:
+            block = owner.get(unit.output)
+            if block is None and self.order[unit.input] < start:
+                continue
+            following = next((item for item in self.blocks if self.order[item.output] > self.order[unit.output]), None)
+            joins = (
+                block is None
+                and max(unit.conv.stride) > 1
+                and unit.output in self.passed
+                and self.order[unit.output] < last
+            )
+            around = block or following
+            stage = self.stage_of[around.scope.key] if around else None
+            yield self._conv_site("downsample" if joins else "conv", unit, block, stage)
+
+    def _conv_site(
+        self, kind: Literal["conv", "downsample"], unit: Unit, block: Block | None, stage: int | None
+    ) -> Located:
+        site = self._site(kind, unit.path, unit.call, unit.input, unit.output, "NCHW")
+        assert site is not None, unit.path
+        around = block.scope.nodes if block else ()
+        site = replace(
+            site,
+            kernel=unit.conv.kernel,
+            stride=unit.conv.stride,
+            padding=unit.conv.padding,
+            dilation=unit.conv.dilation,
+            groups=unit.conv.groups,
             activation=usual_activation(around, self.model) or self.usual_activation,
-            operator=type(conv).__name__,
+            operator=unit.conv.kind.__name__,
             stage=stage,
         )
-        return Located(site=site, input=source, output=node)
+        return Located(site=site, input=unit.input, output=unit.output)
 
     def _stages(self) -> Iterable[Located]:
         groups: dict[int, list[Block]] = {}
@@ -139,8 +165,7 @@ class _Finder:
             path = blocks[0].scope.parent or blocks[0].scope.path
             site = self._site("stage", plain_path(path), 0, start, end, layout)
             if site is not None:
-                kernel, dilation, _ = functional_geometry(blocks[0], self.model)
-                site = replace(site, kernel=kernel, dilation=dilation, stage=stage, activation=self.usual_activation)
+                site = replace(self._described(site, blocks[0]), operator="", groups=1, stage=stage)
                 yield Located(site=site, input=start, output=end)
 
     def _branches(self) -> Iterable[Located]:
@@ -160,7 +185,7 @@ class _Finder:
         site = self._site(kind, path, block.scope.call, start, end, layout)
         if site is None:
             return None
-        window = window_of(residual, self.model, site.grid) if kind == "attention" else None
+        window = self._window(residual, site.grid) if kind == "attention" else None
         activation = usual_activation(block.scope.nodes, self.model) or self.usual_activation
         padding = (window[0] // 2, window[1] // 2) if window else (0, 0)
         site = replace(
@@ -168,29 +193,51 @@ class _Finder:
         )
         return Located(site=site, input=start, output=end)
 
+    def _usual_window(self) -> int:
+        """The side of the largest attention window in the model, 0 where none attends in windows."""
+        sides = [0]
+        for block in self.blocks:
+            for residual in block.residuals:
+                layout = layout_of(residual.start, residual.branch, self.model)
+                grid = self.grids.find(residual.start, layout)
+                window = window_of(residual, self.model, grid.size if grid else None)
+                sides.append(max(window) if window else 0)
+        return max(sides)
+
+    def _window(self, residual: Residual, grid: Pair | None) -> Pair | None:
+        """An attention's window; on a grid no larger than the model's windows elsewhere, that grid is the window."""
+        window = window_of(residual, self.model, grid)
+        if window is None and grid and residual.has_attention and self.usual_window >= max(grid) == min(grid) > 1:
+            return odd(grid)
+        return window
+
     def _linears(self) -> Iterable[Located]:
         for block in self.blocks:
             for node in block.scope.nodes:
-                module = module_of(node, self.model)
-                if isinstance(module, nn.Linear):
-                    layout: Layout = "NHWC" if len(shape_of(node) or ()) == 4 else "NLC"
-                elif isinstance(module, nn.Conv2d) and max(module.kernel_size) == 1:
-                    layout = "NCHW"
-                else:
-                    continue
-                source = sources_of(node)[0]
-                site = self._site("linear", str(node.target), _call_of(node), source, node, layout)
-                if site is None:
-                    continue
-                site = replace(
-                    site,
-                    kernel=(1, 1),
-                    stride=pair(getattr(module, "stride", 1)),
-                    groups=int(getattr(module, "groups", 1)),
-                    operator=type(module).__name__,
-                    stage=self.stage_of[block.scope.key],
-                )
-                yield Located(site=site, input=source, output=node)
+                located = self._linear_site(node, self.stage_of[block.scope.key])
+                if located is not None:
+                    yield located
+
+    def _linear_site(self, node: fx.Node, stage: int) -> Located | None:
+        """A linear layer's or a 1×1 conv's site, where the node calls one on something that depends on the input."""
+        module, conv, sources = module_of(node, self.model), conv_of(node, self.model), sources_of(node)
+        layout: Layout = "NCHW"
+        if isinstance(module, nn.Linear):
+            layout = "NHWC" if len(shape_of(node) or ()) == 4 else "NLC"
+        elif conv is None or conv.is_wide:
+            return None
+        site = self._site("linear", str(node.target), call_of(node), sources[0], node, layout) if sources else None
+        if site is None:
+            return None
+        site = replace(
+            site,
+            kernel=(1, 1),
+            stride=conv.stride if conv else (1, 1),
+            groups=conv.groups if conv else 1,
+            operator=type(module).__name__,
+            stage=stage,
+        )
+        return Located(site=site, input=sources[0], output=node)
 
     def _site(self, kind: SiteKind, path: str, call: int, start: fx.Node, end: fx.Node, layout: Layout) -> Site | None:
         before, after = shape_of(start), shape_of(end)
@@ -198,25 +245,34 @@ class _Finder:
             return None
         if len(before) == 2:
             layout = "NC"
-        grid, out_grid = grid_of(before[1:], layout), grid_of(after[1:], layout)
+        grid, out_grid = self.grids.find(start, layout), self.grids.find(end, layout)
+        if grid and out_grid and grid.prefix != out_grid.prefix:
+            grid = out_grid = None
         stride = (1, 1)
         if grid and out_grid:
-            stride = (math.ceil(grid[0] / out_grid[0]), math.ceil(grid[1] / out_grid[1]))
+            stride = (max(1, round(grid.size[0] / out_grid.size[0])), max(1, round(grid.size[1] / out_grid.size[1])))
         return Site(
             path=path,
             kind=kind,
             in_shape=before[1:],
             out_shape=after[1:],
             layout=layout,
-            grid=grid,
+            grid=grid.size if grid and out_grid else None,
+            out_grid=out_grid.size if grid and out_grid and layout == "NLC" else None,
+            prefix_tokens=grid.prefix if grid and out_grid else 0,
             stride=stride,
             call=call,
         )
 
 
-def _call_of(node: fx.Node) -> int:
-    key = next(reversed(stack_of(node)), "")
-    return int(key.rpartition("@")[2]) if "@" in key else 0
+def _passed_by_all(graph: fx.Graph, dominators: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+    """The nodes that every path from the input to the output passes."""
+    node = next(iter(reversed(graph.nodes))).all_input_nodes[0]
+    passed = {node}
+    while node in dominators:
+        node = dominators[node]
+        passed.add(node)
+    return passed
 
 
 def _number_stages(blocks: Sequence[Block]) -> dict[str, int]:

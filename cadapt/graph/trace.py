@@ -9,7 +9,6 @@ graph in train mode than in eval mode, is closed and the model traced again.
 from __future__ import annotations
 
 import inspect
-import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,21 +19,17 @@ from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 
 from cadapt.errors import CadaptError
+from cadapt.graph.convs import is_conv
+from cadapt.graph.modes import is_mode, reads_training, unite_modes
+from cadapt.graph.operators import MIXERS, is_closed
 from cadapt.meta import meta_copy
 
-_MIXERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_ALWAYS_LEAVES = (*_MIXERS, nn.modules.batchnorm._BatchNorm)
+_ALWAYS_LEAVES = (*MIXERS, nn.modules.batchnorm._BatchNorm)
 
 
 def _is_container(module: nn.Module) -> bool:
     """Whether a module holds layers worth seeing; a convolution that holds nothing but itself does not."""
-    return not isinstance(module, _ALWAYS_LEAVES) and any(isinstance(child, _MIXERS) for child in module.modules())
-
-
-def reads_training(kind: type) -> bool:
-    """Whether a module type's forward asks for its mode."""
-    code = getattr(kind.forward, "__code__", None)  # type: ignore[attr-defined]
-    return code is not None and "training" in code.co_names
+    return not isinstance(module, _ALWAYS_LEAVES) and is_closed(module)
 
 
 class LeafTracer(fx.Tracer):
@@ -55,7 +50,8 @@ class LeafTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether a module call becomes one node."""
-        if isinstance(m, _ALWAYS_LEAVES) or type(m) in self.closed or isinstance(m, torch.jit.ScriptModule):
+        whole = isinstance(m, (*_ALWAYS_LEAVES, torch.jit.ScriptModule)) or is_conv(m)
+        if whole or type(m) in self.closed:
             return True
         special = isinstance(m, self._registered) or reads_training(type(m))
         if special and not _is_container(m):
@@ -114,7 +110,7 @@ def trace(model: nn.Module) -> fx.Graph:
         if failed is None:
             graph, other = attempts[0].graph, attempts[1].graph
             assert graph is not None and other is not None
-            culprit = _mode_dependent(graph, other)
+            culprit = unite_modes(graph, other)
             if culprit is None:
                 _drop_default_arguments(graph)
                 _require_no_constants(graph, model)
@@ -128,27 +124,12 @@ def trace(model: nn.Module) -> fx.Graph:
         closed |= {culprit}
 
 
-def _mode_dependent(graph: fx.Graph, other: fx.Graph) -> type | None:
-    """The container type at which two traces part, or None where they are the same graph."""
-    for ours, theirs in itertools.zip_longest(graph.nodes, other.nodes):
-        if ours is not None and theirs is not None and _signature(ours) == _signature(theirs):
-            continue
-        stacks = [list(node.meta.get("nn_module_stack", {}).values()) for node in (ours, theirs) if node is not None]
-        kinds = [kind for stack in stacks for _, kind in reversed(stack)]
-        return next((kind for kind in kinds if reads_training(kind)), kinds[0] if kinds else nn.Module)
-    return None
-
-
-def _signature(node: fx.Node) -> tuple[Any, ...]:
-    return node.op, node.target, str(node.args), str(node.kwargs)
-
-
 def _require_no_constants(graph: fx.Graph, model: nn.Module) -> None:
     """A tensor that is neither parameter nor buffer has no place in the state, and none in a copy of the model."""
     named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     named |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in named:
+        if node.op == "get_attr" and node.target not in named and not is_mode(node):
             raise CadaptError(
                 f"cannot trace {type(model).__name__}: it computes with a tensor that is neither parameter nor buffer "
                 f"('{node.target}', first used by '{next(iter(node.users)).name}')"
