@@ -33,8 +33,8 @@ def summarise_adapters(plan: Plan) -> tuple[AdapterSummary, ...]:
 
 def _summarise(insertion: Insertion) -> AdapterSummary:
     site, form = insertion.site, insertion.form
-    config = get_scheme(insertion.scheme).configure(insertion.config)
-    kernel, parameters = _measure(insertion.scheme, _anywhere(site), form, config)
+    settings = tuple(sorted(insertion.config.items()))
+    kernel, parameters = _measure(insertion.scheme, _anywhere(site), form, settings)
     return AdapterSummary(site=site.name, kind=site.kind, form=form, kernel=kernel, parameters=parameters)
 
 
@@ -44,9 +44,10 @@ def _anywhere(site: Site) -> Site:
 
 
 @functools.lru_cache(maxsize=4096)
-def _measure(scheme: str, site: Site, form: Form, config: Any) -> tuple[Pair | None, int]:
+def _measure(scheme: str, site: Site, form: Form, settings: tuple[tuple[str, Any], ...]) -> tuple[Pair | None, int]:
+    method = get_scheme(scheme)
     with torch.device("meta"):
-        adapter = get_scheme(scheme).build(site, form, config)
+        adapter = method.build(site, form, method.configure(dict(settings)))
     parameters = sum(item.numel() for item in adapter.parameters() if item.requires_grad)
     return kernel_of(adapter), parameters
 
