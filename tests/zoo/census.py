@@ -14,6 +14,7 @@ The rule, which gives 644 ConvNets and 288 hybrids of timm 1.0.31's 1,371 archit
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import re
@@ -29,7 +30,7 @@ Kind = Literal["convnet", "hybrid"]
 
 _STEM_CLASS = re.compile(r"stem|patchembed|downsampl", re.IGNORECASE)
 _STEM_NAME = re.compile(r"(^|\.)(stem|conv_stem|stem_conv)(\.|$)")
-_MATRIX_PRODUCT = re.compile(r" @ |matmul\(|einsum\(|scaled_dot_product_attention|bmm\(")
+_MATRIX_PRODUCTS = frozenset({"matmul", "einsum", "bmm", "baddbmm", "scaled_dot_product_attention"})
 _NO_ATTENTION = re.compile(r"conv\d|pool|norm|context", re.IGNORECASE)
 
 
@@ -82,4 +83,11 @@ def _is_attention(kind: type) -> bool:
     name = kind.__name__
     if not kind.__module__.startswith("timm.") or _NO_ATTENTION.search(name):
         return False
-    return "attention" in name.lower() or bool(_MATRIX_PRODUCT.search(inspect.getsource(kind)))
+    return "attention" in name.lower() or any(map(_multiplies, ast.walk(ast.parse(inspect.getsource(kind)))))
+
+
+def _multiplies(node: ast.AST) -> bool:
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, ast.MatMult)
+    called = node.func if isinstance(node, ast.Call) else None
+    return getattr(called, "attr", getattr(called, "id", "")) in _MATRIX_PRODUCTS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,13 @@ Record = dict[str, Any]
 
 
 def run_pool(
-    work: Callable[..., Record], tasks: Sequence[Task], *, jobs: int, limit_gb: float, limit_seconds: float
+    work: Callable[..., Record],
+    tasks: Sequence[Task],
+    *,
+    jobs: int,
+    limit_gb: float,
+    limit_seconds: float,
+    prepare: Callable[[], None] | None = None,
 ) -> Iterator[Record]:
     """Yield ``work(name, **arguments)`` for each task, in the order in which they finish.
 
@@ -25,13 +32,14 @@ def run_pool(
         jobs: how many processes.
         limit_gb: what one process may hold.
         limit_seconds: how long one task may take, by the clock.
+        prepare: called once in each process; its time does not count.
     """
     waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
     for task in tasks:
         waiting.put(task)
     done: queue.SimpleQueue[Record] = queue.SimpleQueue()
     threads = [
-        threading.Thread(target=_feed, args=(work, waiting, done, limit_gb, limit_seconds), daemon=True)
+        threading.Thread(target=_feed, args=(work, prepare, waiting, done, limit_gb, limit_seconds), daemon=True)
         for _ in range(min(jobs, len(tasks)))
     ]
     for thread in threads:
@@ -43,17 +51,20 @@ def run_pool(
 class _Worker:
     """One process and the way to talk to it."""
 
-    def __init__(self, work: Callable[..., Record], limit_gb: float) -> None:
+    def __init__(self, work: Callable[..., Record], prepare: Callable[[], None] | None, limit_gb: float) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, work, limit_gb), daemon=True)
+        self.process = context.Process(target=_serve, args=(other, work, prepare, limit_gb), daemon=True)
         self.process.start()
         # else the death of the process would not be seen as the end of the pipe
         other.close()
+        self.ready = False
 
     def ask(self, task: Task, seconds: float) -> Record | None:
         """The record, or None where the process died or took too long; then it is of no more use."""
         try:
+            # imports do not count
+            self.ready = self.ready or self.pipe.recv()
             self.pipe.send(task)
             if self.pipe.poll(seconds):
                 record: Record = self.pipe.recv()
@@ -72,6 +83,7 @@ class _Worker:
 
 def _feed(
     work: Callable[..., Record],
+    prepare: Callable[[], None] | None,
     waiting: queue.SimpleQueue[Task],
     done: queue.SimpleQueue[Record],
     limit_gb: float,
@@ -83,7 +95,7 @@ def _feed(
             task = waiting.get_nowait()
         except queue.Empty:
             break
-        worker = worker or _Worker(work, limit_gb)
+        worker = worker or _Worker(work, prepare, limit_gb)
         record = worker.ask(task, limit_seconds)
         if record is None:
             code = worker.process.exitcode
@@ -94,15 +106,19 @@ def _feed(
         worker.stop()
 
 
-def _serve(pipe: Connection, work: Callable[..., Record], limit_gb: float) -> None:
-    prepare_process(limit_gb)
+def _serve(pipe: Connection, work: Callable[..., Record], prepare: Callable[[], None] | None, limit_gb: float) -> None:
+    _limit_memory(limit_gb)
+    if prepare is not None:
+        prepare()
+    # what was imported stays: collecting need not look at it each time
+    gc.freeze()
+    pipe.send(True)
     while True:
         try:
             name, arguments = pipe.recv()
         except EOFError:
-            # frozen objects would be reported as leaked at the exit
-            gc.unfreeze()
-            return
+            # at an ordinary exit extensions would report the frozen objects as leaked
+            os._exit(0)
         reset_peak()
         try:
             record = work(name, **arguments)
@@ -111,25 +127,14 @@ def _serve(pipe: Connection, work: Callable[..., Record], limit_gb: float) -> No
         pipe.send(record)
 
 
-def prepare_process(limit_gb: float | None = None) -> None:
-    """One thread, no warnings, bounded memory, and a garbage collector that leaves imported modules alone."""
-    import warnings
-
-    import torch
-
-    import tests.zoo.check  # noqa: F401 - loaded before what is there is frozen
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    gc.freeze()
-    if limit_gb is not None:
-        try:
-            import resource
-        except ImportError:  # not on Windows
-            return
-        size = int(limit_gb * 2**30)
-        # private writable memory: a file that is mapped does not count
-        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+def _limit_memory(limit_gb: float) -> None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    size = int(limit_gb * 2**30)
+    # private writable memory: a file that is mapped does not count
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
 def reset_peak() -> None:

@@ -13,6 +13,18 @@ from tests.zoo.pool import Record, Task, run_pool
 Records = dict[str, Record]
 
 
+def prepare() -> None:
+    """One thread, no warnings, and everything imported that the work needs."""
+    import warnings
+
+    import torch
+
+    import tests.zoo.check  # noqa: F401
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
 def sites_work(name: str) -> Record:
     """The golden row of an architecture, or that it does not belong."""
     from tests.zoo.check import check_sites
@@ -109,7 +121,14 @@ class Sweep:
         with path.open("a") as file:
             # a line that a kill cut off must not swallow the next
             file.write("\n" if cut else "")
-            results = run_pool(work, left, jobs=self.jobs, limit_gb=self.limit_gb, limit_seconds=self.limit_seconds)
+            results = run_pool(
+                work,
+                left,
+                jobs=self.jobs,
+                limit_gb=self.limit_gb,
+                limit_seconds=self.limit_seconds,
+                prepare=prepare,
+            )
             for count, record in enumerate(results, 1):
                 file.write(json.dumps(record) + "\n")
                 file.flush()
