@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from rich.text import Text
 
-from cadapt.describe import ModelSummary
+from cadapt.describe.model import ModelSummary
 from cadapt.report.console import literal, printable
 from cadapt.report.describe import show_facts, show_model
 
