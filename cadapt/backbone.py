@@ -279,7 +279,13 @@ def resolve_preprocessing(model: nn.Module, img_size: int | None = None) -> Prep
 
 
 def _input_channels(model: nn.Module, usual: int) -> int:
-    """Channels of the pictures a model takes: its first conv knows, also where it was made for other than RGB."""
+    """Channels of the pictures a model takes: it says so, or its first conv, also where it was made for other than RGB.
+
+    What the model says goes first: a first conv behind a rearrangement of space to depth has more channels.
+    """
+    own = getattr(model, "in_chans", None)
+    if isinstance(own, int):
+        return own
     paths = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv")
     path = paths if isinstance(paths, str) else next(iter(paths or ()), None)
     if path is None or not _has_module(model, path):

@@ -11,7 +11,7 @@ from cadapt.adapted import ADAPTERS, disabled
 from cadapt.adapters import SCHEMES
 from cadapt.backbone import Backbone, describe_model
 from cadapt.errors import CadaptError, RefusedError, UsageError
-from cadapt.planning import Survey, fitting_schemes, plan_insertions, with_head
+from cadapt.planning import Survey, fitting_schemes, plan_insertions, survey, with_head
 from cadapt.surgery import adapter_name, operate
 from tests.models import PlainBlock, ReusedNet, TinyNet, make_images, surveyed
 
@@ -89,8 +89,9 @@ def test_globs_that_leave_nothing_are_refused(plain: tuple[Backbone, Survey]) ->
 
 
 @pytest.mark.parametrize("scheme", ["conv-par", "conv-seq", "res-par", "res-seq"])
-def test_a_vision_transformer_is_refused_with_what_fits(scheme: str) -> None:
-    backbone, sites = surveyed("tokens")
+def test_a_net_that_is_all_stem_is_refused_with_what_fits(scheme: str) -> None:
+    backbone = describe_model(TinyNet().eval())
+    sites = survey(backbone)
     with pytest.raises(CadaptError) as caught:
         plan_insertions(backbone, scheme, surveyed=sites)
     assert caught.value.exit_code == 1

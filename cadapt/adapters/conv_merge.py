@@ -36,8 +36,10 @@ def merge_conv_adapter(site: Site, form: Form, adapter: nn.Module, layer: nn.Mod
     if not isinstance(parts.activation, nn.Identity):
         kind = type(parts.activation).__name__
         return Refusal(reason=f"its {kind} between the two convs is not linear")
-    if not isinstance(layer, nn.Conv2d):
+    if site.kind not in ("conv", "downsample") or not isinstance(layer, nn.Conv2d):
         return Refusal(reason=_name_what_it_is(site, layer))
+    if site.operator != type(layer).__name__:
+        return Refusal(reason=f"it joins a {site.operator} of several convs, of which this is one")
     if type(layer) not in _PLAIN_CONVS:
         return Refusal(reason=f"the weight of a {type(layer).__name__} is computed at run time, not a plain kernel")
     if layer.padding_mode != "zeros":

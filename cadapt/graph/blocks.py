@@ -32,6 +32,7 @@ class Block:
     scope: Scope
     input: fx.Node
     output: fx.Node
+    operator: str = ""
     residuals: tuple[Residual, ...] = ()
 
 
@@ -73,7 +74,13 @@ class BlockFinder:
         crossing = self.crossings.find(scope.nodes)
         if crossing is None:
             return None
-        return Block(scope=scope, input=crossing[0], output=crossing[1], residuals=residuals)
+        return Block(
+            scope=scope,
+            input=crossing[0],
+            output=crossing[1],
+            operator=scope.kind.__name__,
+            residuals=residuals,
+        )
 
     def _siblings(self, blocks: Sequence[Block]) -> list[Block]:
         taken = {block.scope.key for block in blocks}
@@ -137,8 +144,8 @@ class BlockFinder:
             while len(end.users) == 1 and self._completes(user := next(iter(end.users))):
                 nodes.append(user)
                 end = user
-            scope = Scope(path=unit.path, call=unit.call, kind=unit.conv.kind, nodes=tuple(nodes), parent=None)
-            blocks.append(Block(scope=scope, input=unit.input, output=end))
+            scope = Scope(path=unit.path, call=unit.call, kind=nn.Module, nodes=tuple(nodes), parent=None)
+            blocks.append(Block(scope=scope, input=unit.input, output=end, operator=unit.operator))
         return blocks
 
     def _completes(self, node: fx.Node) -> bool:

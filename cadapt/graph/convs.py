@@ -21,7 +21,6 @@ class Conv:
     padding: Pair | Literal["same"]
     dilation: Pair
     groups: int
-    kind: type
 
     @property
     def is_wide(self) -> bool:
@@ -63,7 +62,6 @@ def read_conv(module: nn.Module) -> Conv:
         padding="same" if same else pair(settings.padding),
         dilation=pair(settings.dilation),
         groups=int(settings.groups),
-        kind=type(module),
     )
 
 

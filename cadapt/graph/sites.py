@@ -96,7 +96,7 @@ class _Finder:
         site = replace(
             site,
             activation=usual_activation(block.scope.nodes, self.model) or self.usual_activation,
-            operator=block.scope.kind.__name__,
+            operator=block.operator,
             stage=self.stage_of[block.scope.key],
         )
         conv = functional_conv(block, self.units)
@@ -150,7 +150,7 @@ class _Finder:
             dilation=unit.conv.dilation,
             groups=unit.conv.groups,
             activation=usual_activation(around, self.model) or self.usual_activation,
-            operator=unit.conv.kind.__name__,
+            operator=unit.operator,
             stage=stage,
         )
         return Located(site=site, input=unit.input, output=unit.output)

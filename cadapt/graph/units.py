@@ -33,12 +33,13 @@ from cadapt.graph.traits import traits_of
 class Unit:
     """One conv unit: ``conv`` is its geometry, that of its widest conv where there are several.
 
-    ``scope`` is the key of the innermost module call that holds a unit of several nodes.
+    ``operator`` is the class of the module at ``path`` that does all of it, or the function that joins its convs.
     """
 
     path: str
     call: int
     conv: Conv
+    operator: str
     input: fx.Node
     output: fx.Node
     nodes: tuple[fx.Node, ...]
@@ -119,12 +120,20 @@ def _single(node: fx.Node, model: nn.Module) -> Unit | None:
     if is_conv(module):
         conv = read_conv(module)
     elif is_closed(module) and not traits_of(node).attends and len(sources) == 1 and (inner := _convs_in(module)):
-        conv = _fitted(widest(inner), sources[0], node, type(module))
+        conv = _fitted(widest(inner), sources[0], node)
     else:
         return None
     if not conv.is_wide or not is_functional(sources[0], node):
         return None
-    return Unit(path=str(node.target), call=call_of(node), conv=conv, input=sources[0], output=node, nodes=(node,))
+    return Unit(
+        path=str(node.target),
+        call=call_of(node),
+        conv=conv,
+        operator=type(module).__name__,
+        input=sources[0],
+        output=node,
+        nodes=(node,),
+    )
 
 
 def _convs_in(module: nn.Module) -> list[Conv]:
@@ -154,11 +163,11 @@ def _linear_merge(end: fx.Node, scopes: Mapping[str, Scope], dominators: Mapping
     main = widest(convs)
     named = max(nodes, key=lambda node: _width(node))
     path = plain_path(holder) if holder else str(named.target)
-    kind = scopes[holder].kind if holder else main.kind
     return Unit(
         path=path,
         call=scopes[holder].call if holder else call_of(named),
-        conv=_fitted(main, start, end, kind),
+        conv=_fitted(main, start, end),
+        operator=scopes[holder].kind.__name__ if holder else function_name(end),
         input=start,
         output=end,
         nodes=tuple(nodes),
@@ -182,10 +191,10 @@ def _innermost(nodes: Iterable[fx.Node]) -> str | None:
     return shared[-1] if shared else None
 
 
-def _fitted(conv: Conv, start: fx.Node, end: fx.Node, kind: type) -> Conv:
-    """The geometry of a unit of several layers, under the class that holds them."""
+def _fitted(conv: Conv, start: fx.Node, end: fx.Node) -> Conv:
+    """The geometry of a unit of several layers."""
     before, after = shape_of(start) or (), shape_of(end) or ()
-    return replace(fit_grid(conv, (before[2], before[3]), (after[2], after[3])), kind=kind)
+    return fit_grid(conv, (before[2], before[3]), (after[2], after[3]))
 
 
 def call_of(node: fx.Node) -> int:

@@ -24,8 +24,8 @@ NUMBERS = {
     "mobilenetv3_large_100": (15, 15, 0, 6, 0, 0),
     "regnety_004": (16, 16, 0, 4, 0, 0),
     "dm_nfnet_f0": (24, 12, 0, 4, 0, 0),
-    "densenet121": (58, 0, 0, 0, 0, 0),
-    "vgg16_bn": (12, 0, 0, 0, 0, 0),
+    "densenet121": (58, 58, 0, 4, 0, 0),
+    "vgg16_bn": (12, 12, 0, 5, 0, 0),
     "swin_tiny_patch4_window7_224": (0, 12, 0, 4, 12, 12),
     "vit_tiny_patch16_224": (0, 12, 0, 1, 12, 12),
 }
@@ -87,7 +87,63 @@ EXACT = [
         "densenet121",
         Site(
             path="features.denseblock4.denselayer16.conv2", kind="conv", in_shape=(128, 7, 7), out_shape=(32, 7, 7),
-            grid=(7, 7), kernel=(3, 3), padding=(1, 1), activation="relu", operator="Conv2d",
+            grid=(7, 7), kernel=(3, 3), padding=(1, 1), activation="relu", operator="Conv2d", stage=3,
+        ),
+    ),
+    # a dense layer is entered where it concatenates what the layers before it gave
+    (
+        "densenet121",
+        Site(
+            path="features.denseblock4.denselayer16", kind="block", in_shape=(992, 7, 7), out_shape=(32, 7, 7),
+            grid=(7, 7), kernel=(3, 3), padding=(1, 1), activation="relu", operator="DenseLayer", stage=3,
+        ),
+    ),
+    # the conv of a plain net with its norm and activation
+    (
+        "vgg16_bn",
+        Site(
+            path="features.7", kind="block", in_shape=(64, 112, 112), out_shape=(128, 112, 112), grid=(112, 112),
+            kernel=(3, 3), padding=(1, 1), activation="relu", operator="Conv2d", stage=1,
+        ),
+    ),
+    # five parallel convs and an identity, summed
+    (
+        "mobileone_s0",
+        Site(
+            path="stages.1.2", kind="conv", in_shape=(128, 28, 28), out_shape=(128, 28, 28), grid=(28, 28),
+            kernel=(3, 3), padding=(1, 1), groups=128, activation="relu", operator="MobileOneBlock", stage=1,
+        ),
+    ),
+    # mixed kernels over chunks of the channels, TensorFlow's padding
+    (
+        "tf_mixnet_s",
+        Site(
+            path="blocks.2.0.conv_dw", kind="conv", in_shape=(144, 56, 56), out_shape=(144, 28, 28), grid=(56, 56),
+            kernel=(7, 7), stride=(2, 2), padding="same", groups=48, activation="silu", operator="MixedConv2d", stage=2,
+        ),
+    ),
+    # the block is given its shortcut beside its input
+    (
+        "dla34",
+        Site(
+            path="level3.tree1.tree1", kind="block", in_shape=(64, 56, 56), out_shape=(128, 28, 28), grid=(56, 56),
+            kernel=(3, 3), stride=(2, 2), padding=(1, 1), activation="relu", operator="DlaBasic", stage=1,
+        ),
+    ),
+    # a reduction without padding: 25 places become 12
+    (
+        "inception_v3",
+        Site(
+            path="Mixed_6a", kind="block", in_shape=(288, 25, 25), out_shape=(768, 12, 12), grid=(25, 25),
+            kernel=(3, 3), stride=(2, 2), activation="relu", operator="InceptionB", stage=1,
+        ),
+    ),
+    # tokens, with the class token before them
+    (
+        "pit_s_224",
+        Site(
+            path="transformers.1.blocks.0", kind="block", in_shape=(197, 288), out_shape=(197, 288), layout="NLC",
+            grid=(14, 14), out_grid=(14, 14), prefix_tokens=1, activation="gelu", operator="Block", stage=1,
         ),
     ),
     (
@@ -186,8 +242,12 @@ class Reparameterised(nn.Module):
         return self.act(self.wide(x) + self.narrow(x))
 
 
-def test_a_sum_of_linear_branches_is_no_shortcut() -> None:
-    assert of_kind(sites_of(TinyNet(Reparameterised(), Reparameterised())), "block") == []
+def test_a_sum_of_linear_branches_is_one_conv_unit() -> None:
+    sites = sites_of(TinyNet(Reparameterised(), Reparameterised()))
+    assert [(site.path, site.kernel, site.operator) for site in of_kind(sites, "conv")] == [
+        ("blocks.0", (3, 3), "Reparameterised"),
+        ("blocks.1", (3, 3), "Reparameterised"),
+    ]
 
 
 class Merging(nn.Module):
@@ -202,8 +262,9 @@ class Merging(nn.Module):
         return self.left(x) + self.right(x)
 
 
-def test_a_merge_of_streams_is_no_block() -> None:
-    assert of_kind(sites_of(TinyNet(Merging(), Merging())), "block") == []
+def test_a_merge_of_streams_is_one_block() -> None:
+    blocks = of_kind(sites_of(TinyNet(Merging(), Merging())), "block")
+    assert [site.path for site in blocks] == ["blocks.0", "blocks.1"]
 
 
 class Projecting(nn.Module):
