@@ -141,6 +141,8 @@ def _outcome(record: Record) -> str:
     words = [f"{record['seconds']:.1f} s"] if "seconds" in record else []
     for scheme, item in record.get("schemes", {}).items():
         words += [f"{scheme} {item['status'] if isinstance(item, dict) else item}"[:40]]
-    words += [str(problem)[:160] for problem in record.get("problems", ())]
+    schemes = [item for item in record.get("schemes", {}).values() if isinstance(item, dict)]
+    problems = [*record.get("problems", ()), *(text for item in schemes for text in item.get("problems", ()))]
+    words += [str(problem)[:160] for problem in problems]
     words += [f"{scheme} differs in {parts}" for scheme, parts in record.get("differing", {}).items() if parts]
     return " · ".join(words)

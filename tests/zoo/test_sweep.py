@@ -11,15 +11,20 @@ import datetime
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.zoo import lively
+from cadapt.adapted import AdaptedModel
+from cadapt.surgery import operate
+from tests.zoo import check, lively
 from tests.zoo.census import kind_of, make_on_meta
 from tests.zoo.check import check_numbers, check_rebuild, check_sites
 from tests.zoo.golden import Row, differences, read_golden, row_of, update_golden, updating
+from tests.zoo.livened import wake
 from tests.zoo.misbehaving import misbehave
 from tests.zoo.pool import run_pool
 from tests.zoo.setting import SCHEMES
@@ -27,8 +32,8 @@ from tests.zoo.stages import Sweep
 from tests.zoo.summary import judge
 from tests.zoo.sweep import chosen, run, write_reports
 
-# so that all families together stay under a minute
-_SITES_M, _NUMBERS_M = 60.0, 12.0
+# so that all families together take half a minute
+_SITES_M, _NUMBERS_M = 30.0, 12.0
 _NUMBERS_FAMILIES = 3
 
 
@@ -84,6 +89,37 @@ def test_every_scheme_leaves_the_base_alone_and_trains_all_it_plans(name: str) -
     }
     verdicts = {scheme: judge(name, scheme, records) for scheme in SCHEMES}
     assert {scheme: verdict for scheme, verdict in verdicts.items() if verdict[0] not in ("passed", "refused")} == {}
+
+
+def _awake(model: AdaptedModel) -> None:
+    wake(model.adapters)
+
+
+def _other_base(model: AdaptedModel) -> None:
+    # the head stands in for this layer, so that no output tells
+    model.get_submodule("fc").bias.data += 1
+
+
+def _cut(model: AdaptedModel) -> None:
+    next(model.adapters.parameters()).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(_awake, "eval differs by"), (_other_base, "1 base tensors changed"), (_cut, "planned tensors without gradient")],
+)
+def test_the_check_sees_what_is_wrong(
+    spoil: Callable[[AdaptedModel], None], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(*given: Any) -> AdaptedModel:
+        model = operate(*given)
+        spoil(model)
+        return model
+
+    monkeypatch.setattr(check, "operate", spoilt)
+    seen = check.check_numbers("test_resnet", check_sites("test_resnet")["schemes"])
+    assert all(item["status"] == "failed" for item in seen["schemes"].values())
+    assert all(any(words in problem for problem in item["problems"]) for item in seen["schemes"].values())
 
 
 def test_the_whole_zoo(request: pytest.FixtureRequest) -> None:
