@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Literal
 
 from torch import fx, nn
 
 from cadapt.graph.blocks import Block
+from cadapt.graph.crossing import Crossings
 from cadapt.graph.flow import sources_of
 from cadapt.graph.operators import function_name, is_attention, is_linear, is_norm, module_of
 from cadapt.graph.residual import Residual
-from cadapt.graph.scopes import plain_path, stack_of
+from cadapt.graph.scopes import Scope, stack_of
+from cadapt.graph.traits import traits_of
 
 
-def branch_kind(residual: Residual, model: nn.Module) -> Literal["attention", "mlp"] | None:
-    """Whether a branch attends, is two linear layers or more, or is something else."""
+def branch_kind(
+    residual: Residual, model: nn.Module, convolved: Container[fx.Node]
+) -> Literal["attention", "mlp"] | None:
+    """Whether a branch attends, is two linear layers or more, or is something else.
+
+    A branch with a functional conv, one of the nodes ``convolved``, is that conv's, whatever attends behind it.
+    """
     if residual.has_attention:
-        return "attention"
+        return None if any(node in convolved for node in residual.branch) else "attention"
     linears = sum(is_linear(node, model) for node in residual.branch)
     return "mlp" if linears >= 2 and not residual.has_conv else None
 
@@ -47,13 +55,25 @@ def _is_closing(node: fx.Node, model: nn.Module) -> bool:
     )
 
 
-def branch_path(kind: str, block: Block, residual: Residual, model: nn.Module) -> str:
-    """The module under the block that does the branch's work: ``blocks.0.attn``."""
+def branch_call(kind: str, block: Block, residual: Residual, model: nn.Module) -> str | None:
+    """The key of the module call right under the block that does the branch's work: ``blocks.0.attn``."""
     does = is_attention if kind == "attention" else is_linear
-    for node in sorted(residual.branch, key=lambda item: item.name):
+    for node in residual.branch[::-1]:
         if does(node, model):
             keys = list(stack_of(node))
             below = keys[keys.index(block.scope.key) + 1 :] if block.scope.key in keys else []
             if below:
-                return plain_path(below[0])
-    return f"{block.scope.path}.{kind}"
+                return below[0]
+    return None
+
+
+def attention_span(
+    residual: Residual, scope: Scope | None, crossings: Crossings, model: nn.Module
+) -> tuple[fx.Node, fx.Node]:
+    """From where to where attention works: the trimmed branch, or, among other layers (a bottleneck's), its module."""
+    inside = set(scope.nodes) if scope else set()
+    if inside and any(traits_of(node).mixes for node in residual.branch if node not in inside):
+        crossing = crossings.find(scope.nodes) if scope else None
+        if crossing is not None:
+            return crossing
+    return trim_branch(residual, model)

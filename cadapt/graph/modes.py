@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from cadapt.graph.operators import names_in
 from cadapt.graph.scopes import stack_of
 
 
@@ -28,9 +29,8 @@ class _ModeConstant:
 
 
 def reads_training(kind: type) -> bool:
-    """Whether a module type's forward asks for its mode."""
-    code = getattr(kind.forward, "__code__", None)  # type: ignore[attr-defined]
-    return code is not None and "training" in code.co_names
+    """Whether a module type's code asks for its mode."""
+    return "training" in names_in(kind)
 
 
 def is_mode(node: fx.Node) -> bool:

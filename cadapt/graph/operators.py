@@ -36,7 +36,7 @@ _ACTIVATIONS = {
     "softmax": "softmax",
     "softplus": "softplus",
 }
-_ATTENTION_NAMES = frozenset({"softmax"})
+_ATTENTION_NAMES = _PRODUCTS | {"softmax", "scaled_dot_product_attention"}
 MIXERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 GATES = frozenset({"sigmoid", "hard_sigmoid", "softmax", "tanh"})
 
@@ -81,9 +81,11 @@ def is_closed(module: nn.Module) -> bool:
     return not isinstance(module, MIXERS) and any(isinstance(child, MIXERS) for child in module.modules())
 
 
-def _names_in(kind: type) -> tuple[str, ...]:
-    code = getattr(kind.forward, "__code__", None)  # type: ignore[attr-defined]
-    return code.co_names if code is not None else ()
+def names_in(kind: type) -> set[str]:
+    """What the methods of a module type ask for by name; those it has from torch's own Module are left out."""
+    own = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    codes = [getattr(method, "__code__", None) for base in own for method in vars(base).values()]
+    return {name for code in codes if code is not None for name in code.co_names}
 
 
 def is_norm(node: fx.Node, model: nn.Module) -> bool:
@@ -105,7 +107,7 @@ def is_attention(node: fx.Node, model: nn.Module) -> bool:
         shape = shape_of(node) or (0,)
         return min(shape[-2:]) > 1 and _given_by_input(tensor_inputs(node)) > 1
     module = module_of(node, model)
-    return module is not None and is_closed(module) and set(_names_in(type(module))) >= _ATTENTION_NAMES
+    return module is not None and is_closed(module) and not _ATTENTION_NAMES.isdisjoint(names_in(type(module)))
 
 
 def activation_of(node: fx.Node, model: nn.Module) -> str | None:

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import fx, nn
 
 from cadapt.graph.blocks import Block, BlockFinder
-from cadapt.graph.branches import branch_kind, branch_path, trim_branch
+from cadapt.graph.branches import attention_span, branch_call, branch_kind, trim_branch
 from cadapt.graph.convs import conv_of, fit_grid
 from cadapt.graph.crossing import Crossings
 from cadapt.graph.flow import immediate_dominators, sources_of
@@ -119,7 +119,7 @@ class _Finder:
     def _convs(self) -> Iterable[Located]:
         """Every conv unit behind the stem: those of blocks, those that join stages, those between streams."""
         owner = {node: block for block in self.blocks for node in block.scope.nodes}
-        start = min((self.order[block.input] for block in self.blocks), default=-1)
+        start = min((self.order[block.input] for block in self.blocks), default=len(self.order))
         last = max((self.order[block.output] for block in self.blocks), default=-1)
         for unit in self.units:
             block = owner.get(unit.output)
@@ -170,9 +170,10 @@ class _Finder:
 
     def _branches(self) -> Iterable[Located]:
         """Attention and MLP branches of blocks: from the norm that opens the branch to before its drop-path."""
+        convolved = {node for unit in self.units for node in unit.nodes}
         for block in self.blocks:
             for residual in block.residuals:
-                kind = branch_kind(residual, self.model)
+                kind = branch_kind(residual, self.model, convolved)
                 if kind is not None:
                     located = self._branch_site(kind, block, residual)
                     if located is not None:
@@ -180,7 +181,10 @@ class _Finder:
 
     def _branch_site(self, kind: Literal["attention", "mlp"], block: Block, residual: Residual) -> Located | None:
         start, end = trim_branch(residual, self.model)
-        path = branch_path(kind, block, residual, self.model)
+        key = branch_call(kind, block, residual, self.model)
+        if kind == "attention":
+            start, end = attention_span(residual, self.scopes.get(key or ""), self.crossings, self.model)
+        path = plain_path(key) if key else f"{block.scope.path}.{kind}"
         layout = layout_of(start, residual.branch, self.model)
         site = self._site(kind, path, block.scope.call, start, end, layout)
         if site is None:

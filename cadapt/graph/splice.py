@@ -21,6 +21,7 @@ class Splicer:
         self.graph = graph
         self.model = model
         self._sums: dict[fx.Node, fx.Node] = {}
+        self._calls: set[fx.Node] = set()
 
     def join(self, located: Located, target: str, form: Form) -> None:
         """Add a call of the module at ``target`` to a site.
@@ -38,12 +39,13 @@ class Splicer:
         output.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         with self.graph.inserting_before(total):
             delta = self.graph.call_module(target, (source,))
+        self._calls.add(delta)
         total.args = (output, delta)
         self._sums[output] = total
 
     def _unspoilt(self, source: fx.Node) -> fx.Node:
         """The source itself, or a copy of it made before an in-place operation overwrites it."""
-        if not _is_overwritten(source, self.model):
+        if not self._is_overwritten(source):
             return source
         with self.graph.inserting_after(source):
             return self.graph.call_function(torch.clone, (source,))
@@ -53,17 +55,17 @@ class Splicer:
             node = self._sums[node]
         return node
 
-
-def _is_overwritten(source: fx.Node, model: nn.Module) -> bool:
-    aliases, seen = [source], {source}
-    while aliases:
-        node = aliases.pop()
-        for user in node.users:
-            if not user.all_input_nodes or user.all_input_nodes[0] is not node or user in seen:
-                continue
-            if mutates_input(user, model):
-                return True
-            if may_alias(user, model):
-                seen.add(user)
-                aliases.append(user)
-    return False
+    def _is_overwritten(self, source: fx.Node) -> bool:
+        """Whether the base overwrites a tensor in place; adapters, which are no modules of the base, never do."""
+        aliases, seen = [source], {source, *self._calls}
+        while aliases:
+            node = aliases.pop()
+            for user in node.users:
+                if user in seen or not user.all_input_nodes or user.all_input_nodes[0] is not node:
+                    continue
+                if mutates_input(user, self.model):
+                    return True
+                if may_alias(user, self.model):
+                    seen.add(user)
+                    aliases.append(user)
+        return False

@@ -150,7 +150,7 @@ def _linear_merge(end: fx.Node, scopes: Mapping[str, Scope], dominators: Mapping
     while shape_of(start) is None and start in dominators:  # the chunks of a tensor, which is what is read
         start = dominators[start]
     nodes = between(start, end)
-    if any(traits_of(node).bends or traits_of(node).normalises for node in nodes):
+    if any(traits_of(node).bends or traits_of(node).normalises or _turns(node) for node in nodes):
         return None
     convs = [conv for node in nodes if (conv := traits_of(node).conv) is not None and conv.is_wide]
     if not convs or not is_functional(start, end):
@@ -172,6 +172,12 @@ def _linear_merge(end: fx.Node, scopes: Mapping[str, Scope], dominators: Mapping
         output=end,
         nodes=tuple(nodes),
     )
+
+
+def _turns(node: fx.Node) -> bool:
+    """Whether a node leaves the layout of maps: a unit reads and gives channels first."""
+    last = function_name(node) in CONCATENATIONS and (*node.args[1:], node.kwargs.get("dim"))[0] in (-1, 3)
+    return last or function_name(node) in ("permute", "transpose")
 
 
 def _keeps_channels(start: fx.Node, end: fx.Node) -> bool:
