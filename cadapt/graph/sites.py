@@ -139,7 +139,9 @@ class _Finder:
     def _conv_site(
         self, kind: Literal["conv", "downsample"], unit: Unit, block: Block | None, stage: int | None
     ) -> Located:
-        site = self._site(kind, unit.path, unit.call, unit.input, unit.output, "NCHW")
+        # convs read channels first; a module that could not be opened may be given them last
+        layout: Layout = "NCHW" if self.grids.find(unit.input, "NCHW") else "NHWC"
+        site = self._site(kind, unit.path, unit.call, unit.input, unit.output, layout)
         assert site is not None, unit.path
         around = block.scope.nodes if block else ()
         site = replace(
