@@ -85,11 +85,36 @@ class _Finder:
         return tuple(sorted(found, key=lambda item: (self.order[item.output], item.site.kind)))
 
     def _blocks(self) -> Iterable[Located]:
+        found = [located for block in self.blocks if (located := self._block_site(block)) is not None]
+        yield from found
+        on_grid = {node for located in found if located.site.grid for node in (located.input, located.output)}
+        around: dict[str, Located] = {}
         for block in self.blocks:
-            layout = layout_of(block.input, block.scope.nodes, self.model)
-            site = self._site("block", block.scope.path, block.scope.call, block.input, block.output, layout)
-            if site is not None:
-                yield Located(site=self._described(site, block), input=block.input, output=block.output)
+            outer = self._on_grid_around(block) if not on_grid & {block.input, block.output} else None
+            if outer is not None and not on_grid & {*outer.scope.nodes}:
+                located = self._block_site(outer)
+                if located is not None:
+                    around[outer.scope.key] = located
+        yield from around.values()
+
+    def _block_site(self, block: Block) -> Located | None:
+        layout = layout_of(block.input, block.scope.nodes, self.model)
+        site = self._site("block", block.scope.path, block.scope.call, block.input, block.output, layout)
+        if site is None:
+            return None
+        return Located(site=self._described(site, block), input=block.input, output=block.output)
+
+    def _on_grid_around(self, block: Block) -> Block | None:
+        """The innermost module call around a block that goes from grid to grid: blocks of windows lie on none."""
+        key = block.scope.parent
+        while key is not None:
+            scope = self.scopes[key]
+            crossing = self.crossings.find(scope.nodes)
+            layout = layout_of(crossing[0], scope.nodes, self.model) if crossing else "NCHW"
+            if crossing and all(self.grids.find(node, layout) for node in crossing):
+                return replace(block, scope=scope, input=crossing[0], output=crossing[1], operator=scope.kind.__name__)
+            key = scope.parent
+        return None
 
     def _described(self, site: Site, block: Block) -> Site:
         """A block's or stage's site with what is known of its functional conv or its attention."""
@@ -97,7 +122,7 @@ class _Finder:
             site,
             activation=usual_activation(block.scope.nodes, self.model) or self.usual_activation,
             operator=block.operator,
-            stage=self.stage_of[block.scope.key],
+            stage=self.stage_of.get(block.scope.key),
         )
         conv = functional_conv(block, self.units)
         if conv is not None:
