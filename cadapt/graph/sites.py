@@ -112,7 +112,7 @@ class _Finder:
             crossing = self.crossings.find(scope.nodes)
             layout = layout_of(crossing[0], scope.nodes, self.model) if crossing else "NCHW"
             if crossing and all(self.grids.find(node, layout) for node in crossing):
-                return replace(block, scope=scope, input=crossing[0], output=crossing[1], operator=scope.kind.__name__)
+                return Block(scope=scope, input=crossing[0], output=crossing[1], operator=scope.kind.__name__)
             key = scope.parent
         return None
 
