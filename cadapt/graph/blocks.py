@@ -92,7 +92,7 @@ class BlockFinder:
             nested = any(inside_of(self.scopes, key, other) for other in taken)
             if like and key not in taken and not nested and self._works(scope):
                 block = self._block(scope)
-                if block is not None and _rank(block.input) == _rank(block.output):
+                if block is not None and block.input.op != "placeholder" and _rank(block.input) == _rank(block.output):
                     found.append(block)
         return found
 
@@ -115,7 +115,21 @@ class BlockFinder:
         }
         series = {key: block for key, block in recurring.items() if not self._is_part(block, recurring)}
         holding = {key for key in series if any(inside_of(self.scopes, other, key) for other in series)}
-        return [block for key, block in series.items() if key not in holding]
+        innermost = [key for key in series if key not in holding]
+        return [recurring[key] for key in dict.fromkeys(self._completed(key, recurring) for key in innermost)]
+
+    def _completed(self, key: str, recurring: Mapping[str, Block]) -> str:
+        """The recurring call around one that adds layers to it and no conv unit: the whole of which it is the core."""
+        parent = self.scopes[key].parent
+        if parent is None or parent not in recurring or self._size(parent)[0] != self._size(key)[0]:
+            return key
+        return parent if self._size(parent)[1] > self._size(key)[1] else key
+
+    def _size(self, key: str) -> tuple[int, int]:
+        """How many conv units and how many layers a module call holds."""
+        nodes = set(self.scopes[key].nodes)
+        units = sum(set(unit.nodes) <= nodes for unit in self.units)
+        return units, sum(traits_of(node).mixes for node in nodes)
 
     def _is_part(self, block: Block, recurring: Mapping[str, Block]) -> bool:
         """Whether a call gives one of several things that a recurring call around it joins.

@@ -14,13 +14,13 @@ from cadapt.graph.operators import (
     GATES,
     activation_of,
     function_name,
-    is_attention,
     is_linear,
     is_norm,
     module_of,
     shape_of,
 )
 from cadapt.graph.residual import Residual
+from cadapt.graph.traits import traits_of
 from cadapt.graph.units import Unit
 from cadapt.site import Layout, Pair
 
@@ -37,21 +37,23 @@ def functional_conv(block: Block, units: Iterable[Unit]) -> Conv | None:
     return widest(convs) if convs else None
 
 
-def window_of(residual: Residual, model: nn.Module, grid: Pair | None) -> Pair | None:
+def window_of(residual: Residual, grid: Pair | None, usual: int = 0) -> Pair | None:
     """The side of a windowed attention's window, made odd: from how many tokens attend to each other.
 
-    Windows are folded into the batch, or stand in a dimension of their own; attention over the whole grid is none.
+    Windows are folded into the batch, or stand in a dimension of their own. Attention over a whole grid is a window
+    only where the grid is no larger than ``usual``, the side of the model's windows elsewhere.
     """
-    if grid is None or not residual.has_attention:
+    if grid is None:
         return None
     batch = (shape_of(residual.add) or (0,))[0]
     for node in residual.branch:
         shape = shape_of(node)
-        if shape is None or not is_attention(node, model):
+        if shape is None or len(shape) < 3 or not traits_of(node).attends:
             continue
         queries, side = shape[-2], math.isqrt(shape[-2])
-        folded = len(shape) > 4 or shape[0] > batch
-        if folded and side > 1 and side * side == queries < grid[0] * grid[1]:
+        folded = (len(shape) > 4 or shape[0] > batch) and queries < grid[0] * grid[1]
+        whole = (side, side) == grid and side <= usual
+        if side > 1 and side * side == queries and (folded or whole):
             return odd((side, side))
     return None
 

@@ -81,6 +81,11 @@ def is_closed(module: nn.Module) -> bool:
     return not isinstance(module, MIXERS) and any(isinstance(child, MIXERS) for child in module.modules())
 
 
+def attends(module: nn.Module) -> bool:
+    """Whether a module's own code weighs tokens against tokens, for a module that was not traced through."""
+    return not _ATTENTION_NAMES.isdisjoint(names_in(type(module)))
+
+
 def names_in(kind: type) -> set[str]:
     """What the methods of a module type ask for by name; those it has from torch's own Module are left out."""
     own = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
@@ -107,7 +112,7 @@ def is_attention(node: fx.Node, model: nn.Module) -> bool:
         shape = shape_of(node) or (0,)
         return min(shape[-2:]) > 1 and _given_by_input(tensor_inputs(node)) > 1
     module = module_of(node, model)
-    return module is not None and is_closed(module) and not _ATTENTION_NAMES.isdisjoint(names_in(type(module)))
+    return module is not None and is_closed(module) and any(attends(child) for child in module.modules())
 
 
 def activation_of(node: fx.Node, model: nn.Module) -> str | None:

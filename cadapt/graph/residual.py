@@ -24,7 +24,8 @@ _MOST_PROJECTION_CONVS = 2
 class Residual:
     """An addition that closes a residual branch: where it starts, its end, and the branch's nodes.
 
-    ``branch_end`` is the operand of ``add`` that the branch gives; ``shortcut_end`` the other one.
+    ``branch_end`` is the operand of ``add`` that the branch gives; ``shortcut_end`` the other one, at the end of the
+    nodes of ``shortcut`` (none for an identity).
     """
 
     add: fx.Node
@@ -32,6 +33,7 @@ class Residual:
     branch_end: fx.Node
     shortcut_end: fx.Node
     branch: tuple[fx.Node, ...]
+    shortcut: tuple[fx.Node, ...]
     has_attention: bool
     has_conv: bool
 
@@ -87,6 +89,7 @@ def find_residuals(nodes: Iterable[fx.Node], dominators: Mapping[fx.Node, fx.Nod
                     branch_end=branch.end,
                     shortcut_end=shortcut.end,
                     branch=tuple(branch.nodes),
+                    shortcut=tuple(shortcut.nodes),
                     has_attention=branch.attends,
                     has_conv=branch.convs > 0,
                 )

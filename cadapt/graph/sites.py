@@ -22,9 +22,9 @@ from cadapt.graph.grids import Grids
 from cadapt.graph.operators import module_of, shape_of
 from cadapt.graph.residual import Residual, find_residuals
 from cadapt.graph.scopes import find_scopes, plain_path
-from cadapt.graph.traits import mark_traits
+from cadapt.graph.traits import mark_traits, traits_of
 from cadapt.graph.units import Unit, call_of, find_units, stem_of
-from cadapt.site import Layout, Pair, Site, SiteKind
+from cadapt.site import Layout, Site, SiteKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class _Finder:
         crossings = Crossings(graph, dominators, {item.add: item.shortcut_end for item in residuals})
         self.order = crossings.order
         self.crossings = crossings
+        self.residuals = residuals
         self.units = find_units(graph, model, scopes, dominators, residuals)
         self.blocks = BlockFinder(
             model=model,
@@ -98,11 +99,17 @@ class _Finder:
         yield from around.values()
 
     def _block_site(self, block: Block) -> Located | None:
-        layout = layout_of(block.input, block.scope.nodes, self.model)
+        layout = self._layout(block.input, block.scope.nodes)
         site = self._site("block", block.scope.path, block.scope.call, block.input, block.output, layout)
         if site is None:
             return None
         return Located(site=self._described(site, block), input=block.input, output=block.output)
+
+    def _layout(self, start: fx.Node, nodes: Sequence[fx.Node]) -> Layout:
+        """The layout of what nodes read: a module that was not opened does not show it, but the picture's shape does."""
+        layout = layout_of(start, nodes, self.model)
+        opened = len(nodes) > 1 or traits_of(nodes[0]).conv is not None
+        return layout if opened or self.grids.find(start, layout) else "NHWC"
 
     def _on_grid_around(self, block: Block) -> Block | None:
         """The innermost module call around a block that goes from grid to grid: blocks of windows lie on none."""
@@ -137,7 +144,7 @@ class _Finder:
                 padding=conv.padding,
                 groups=conv.groups,
             )
-        windows = (self._window(residual, site.grid) for residual in block.residuals)
+        windows = (window_of(residual, site.grid, self.usual_window) for residual in block.residuals)
         window = next((item for item in windows if item is not None), None)
         return replace(site, kernel=window, padding=(window[0] // 2, window[1] // 2)) if window else site
 
@@ -146,8 +153,11 @@ class _Finder:
         owner = {node: block for block in self.blocks for node in block.scope.nodes}
         start = min((self.order[block.input] for block in self.blocks), default=len(self.order))
         last = max((self.order[block.output] for block in self.blocks), default=-1)
+        projecting = {node for residual in self.residuals for node in residual.shortcut}
         for unit in self.units:
             block = owner.get(unit.output)
+            if unit.output in projecting:
+                continue
             if block is None and self.order[unit.input] < start:
                 continue
             following = next((item for item in self.blocks if self.order[item.output] > self.order[unit.output]), None)
@@ -164,8 +174,7 @@ class _Finder:
     def _conv_site(
         self, kind: Literal["conv", "downsample"], unit: Unit, block: Block | None, stage: int | None
     ) -> Located:
-        # convs read channels first; a module that could not be opened may be given them last
-        layout: Layout = "NCHW" if self.grids.find(unit.input, "NCHW") else "NHWC"
+        layout = self._layout(unit.input, unit.nodes) if len(unit.nodes) == 1 else "NCHW"
         site = self._site(kind, unit.path, unit.call, unit.input, unit.output, layout)
         assert site is not None, unit.path
         around = block.scope.nodes if block else ()
@@ -216,7 +225,7 @@ class _Finder:
         site = self._site(kind, path, block.scope.call, start, end, layout)
         if site is None:
             return None
-        window = self._window(residual, site.grid) if kind == "attention" else None
+        window = window_of(residual, site.grid, self.usual_window) if kind == "attention" else None
         activation = usual_activation(block.scope.nodes, self.model) or self.usual_activation
         padding = (window[0] // 2, window[1] // 2) if window else (0, 0)
         site = replace(
@@ -231,16 +240,9 @@ class _Finder:
             for residual in block.residuals:
                 layout = layout_of(residual.start, residual.branch, self.model)
                 grid = self.grids.find(residual.start, layout)
-                window = window_of(residual, self.model, grid.size if grid else None)
+                window = window_of(residual, grid.size if grid else None)
                 sides.append(max(window) if window else 0)
         return max(sides)
-
-    def _window(self, residual: Residual, grid: Pair | None) -> Pair | None:
-        """An attention's window; on a grid no larger than the model's windows elsewhere, that grid is the window."""
-        window = window_of(residual, self.model, grid)
-        if window is None and grid and residual.has_attention and self.usual_window >= max(grid) == min(grid) > 1:
-            return odd(grid)
-        return window
 
     def _linears(self) -> Iterable[Located]:
         for block in self.blocks:

@@ -18,6 +18,7 @@ from cadapt.graph.convs import Conv, fit_grid, is_conv, read_conv, widest
 from cadapt.graph.flow import between, sources_of
 from cadapt.graph.operators import (
     CONCATENATIONS,
+    attends,
     function_name,
     is_add,
     is_closed,
@@ -100,7 +101,8 @@ def attention_scopes(scopes: Mapping[str, Scope], closing: Container[fx.Node]) -
     """The keys of the innermost module calls that attend; a block, which holds a residual addition too, is none."""
     found = set()
     for key, scope in scopes.items():
-        own = [node for node in scope.nodes if next(reversed(stack_of(node))) == key]
+        # a module that was not opened is one node: what it does inside is its own affair
+        own = [node for node in scope.nodes if node.op != "call_module" and next(reversed(stack_of(node))) == key]
         if any(traits_of(node).attends for node in own) and not any(node in closing for node in own):
             found.add(key)
     return found
@@ -119,7 +121,7 @@ def _single(node: fx.Node, model: nn.Module) -> Unit | None:
         return None
     if is_conv(module):
         conv = read_conv(module)
-    elif is_closed(module) and not traits_of(node).attends and len(sources) == 1 and (inner := _convs_in(module)):
+    elif is_closed(module) and len(sources) == 1 and (inner := _convs_in(module)):
         conv = _fitted(widest(inner), sources[0], node)
     else:
         return None
@@ -137,8 +139,13 @@ def _single(node: fx.Node, model: nn.Module) -> Unit | None:
 
 
 def _convs_in(module: nn.Module) -> list[Conv]:
-    convs = [read_conv(child) for child in module.modules() if is_conv(child)]
-    return [conv for conv in convs if conv.is_wide]
+    """The wide convs of a module that was not traced through, those of attention inside it left out."""
+    if is_conv(module):
+        conv = read_conv(module)
+        return [conv] if conv.is_wide else []
+    if attends(module):
+        return []
+    return [conv for child in module.children() for conv in _convs_in(child)]
 
 
 def _linear_merge(end: fx.Node, scopes: Mapping[str, Scope], dominators: Mapping[fx.Node, fx.Node]) -> Unit | None:
