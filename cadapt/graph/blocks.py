@@ -59,7 +59,11 @@ class BlockFinder:
             key = self._holder(residual)
             if key is not None:
                 holders.setdefault(key, []).append(residual)
-        outer = [key for key in holders if not any(inside_of(self.scopes, key, other) for other in holders)]
+        outer = [
+            key
+            for key in holders
+            if not self._in_stem(self.scopes[key]) and not any(inside_of(self.scopes, key, other) for other in holders)
+        ]
         blocks = [self._block(self.scopes[key], tuple(holders[key])) for key in outer]
         return [block for block in blocks if block is not None]
 
@@ -89,12 +93,16 @@ class BlockFinder:
         found = []
         for key, scope in self.scopes.items():
             like = scope.pattern in patterns or (scope.kind, scope.parent) in kinds
-            nested = any(inside_of(self.scopes, key, other) for other in taken)
-            if like and key not in taken and not nested and self._works(scope):
+            nested = any(inside_of(self.scopes, *pair) for other in taken for pair in ((key, other), (other, key)))
+            single = len(scope.nodes) == 1 and traits_of(scope.nodes[0]).conv is not None
+            if like and key not in taken and not nested and not single and self._works(scope):
                 block = self._block(scope)
                 if block is not None and block.input.op != "placeholder" and _rank(block.input) == _rank(block.output):
                     found.append(block)
         return found
+
+    def _in_stem(self, scope: Scope) -> bool:
+        return scope.path.partition(".")[0] == self.stem
 
     def _works(self, scope: Scope) -> bool:
         """Whether a module call mixes places: by a functional conv or by attention."""
@@ -109,7 +117,7 @@ class BlockFinder:
             key: block
             for key, scope in self.scopes.items()
             if max(patterns[scope.pattern], kinds[scope.kind, scope.parent]) > 1
-            and scope.path.partition(".")[0] != self.stem
+            and not self._in_stem(scope)
             and self._computes(scope)
             and (block := self._block(scope)) is not None
         }

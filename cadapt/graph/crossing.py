@@ -44,6 +44,8 @@ class Crossings:
         mixers = [node for node in nodes if traits_of(node).mixes]
         if not inputs or not outputs:
             return None
+        shortcuts = [node for node in inputs if any(self.closing.get(user) is node for user in nodes)]
+        inputs = shortcuts if len(shortcuts) == 1 else inputs
         start = inputs[0] if len(inputs) == 1 else self._entry(inputs, inside, mixers)
         end = outputs[0] if len(outputs) == 1 else self._exit(outputs, inside, mixers)
         if start is None or end is None or shape_of(end) is None or start is end:

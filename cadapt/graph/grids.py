@@ -60,7 +60,7 @@ class Grids:
 
     def _resembles_picture(self, size: Pair) -> bool:
         """Whether a grid has the picture's proportions, which windows of tokens and heads of channels have not."""
-        return abs(size[0] - self.aspect * size[1]) <= max(1, size[1] // 4)
+        return abs(size[0] - self.aspect * size[1]) <= 1
 
 
 def _readings(shape: tuple[int, ...]) -> Iterator[tuple[Pair, int]]:

@@ -49,7 +49,10 @@ class _Path:
 
 
 def _path(start: fx.Node, end: fx.Node) -> _Path:
-    nodes = between(start, end)
+    return _described(end, between(start, end))
+
+
+def _described(end: fx.Node, nodes: list[fx.Node]) -> _Path:
     traits = [traits_of(node) for node in nodes]
     return _Path(
         end=end,
@@ -78,21 +81,40 @@ def find_residuals(nodes: Iterable[fx.Node], dominators: Mapping[fx.Node, fx.Nod
         operands = sources_of(node)
         if len(operands) != 2 or shape_of(operands[0]) != shape_of(operands[1]):
             continue
-        paths = [_path(dominators[node], operand) for operand in operands]
+        start = dominators[node]
+        paths = [_path(start, operand) for operand in operands]
         for shortcut, branch in (paths, paths[::-1]):
-            if not _is_shortcut(shortcut, branch):
-                continue
-            found.append(
-                Residual(
-                    add=node,
-                    start=dominators[node],
-                    branch_end=branch.end,
-                    shortcut_end=shortcut.end,
-                    branch=tuple(branch.nodes),
-                    shortcut=tuple(shortcut.nodes),
-                    has_attention=branch.attends,
-                    has_conv=branch.convs > 0,
-                )
-            )
-            break
+            if shortcut.end is not start and shortcut.end in branch.nodes:
+                # x + f(x, y) with y from further back: the branch begins at x all the same
+                branch = _beyond(shortcut.end, branch)
+                shortcut = _path(shortcut.end, shortcut.end)
+            if _is_shortcut(shortcut, branch):
+                found.append(_residual(node, start if shortcut.nodes else shortcut.end, shortcut, branch))
+                break
     return found
+
+
+def _beyond(start: fx.Node, path: _Path) -> _Path:
+    """What of a path depends on one of its nodes."""
+    reached = {start}
+    inside = set(path.nodes)
+    stack = [start]
+    while stack:
+        for user in stack.pop().users:
+            if user in inside and user not in reached:
+                reached.add(user)
+                stack.append(user)
+    return _described(path.end, [node for node in path.nodes if node in reached and node is not start])
+
+
+def _residual(add: fx.Node, start: fx.Node, shortcut: _Path, branch: _Path) -> Residual:
+    return Residual(
+        add=add,
+        start=start,
+        branch_end=branch.end,
+        shortcut_end=shortcut.end,
+        branch=tuple(branch.nodes),
+        shortcut=tuple(shortcut.nodes),
+        has_attention=branch.attends,
+        has_conv=branch.convs > 0,
+    )

@@ -22,7 +22,7 @@ from cadapt.graph.grids import Grids
 from cadapt.graph.operators import module_of, shape_of
 from cadapt.graph.residual import Residual, find_residuals
 from cadapt.graph.scopes import find_scopes, plain_path
-from cadapt.graph.traits import mark_traits, traits_of
+from cadapt.graph.traits import mark_traits
 from cadapt.graph.units import Unit, call_of, find_units, stem_of
 from cadapt.site import Layout, Site, SiteKind
 
@@ -106,10 +106,10 @@ class _Finder:
         return Located(site=self._described(site, block), input=block.input, output=block.output)
 
     def _layout(self, start: fx.Node, nodes: Sequence[fx.Node]) -> Layout:
-        """The layout of what nodes read: a module that was not opened does not show it, but the picture's shape does."""
+        """The layout of what nodes read; where they do not show it, by the picture's proportions."""
         layout = layout_of(start, nodes, self.model)
-        opened = len(nodes) > 1 or traits_of(nodes[0]).conv is not None
-        return layout if opened or self.grids.find(start, layout) else "NHWC"
+        other: Layout = "NHWC" if layout == "NCHW" else "NCHW"
+        return other if not self.grids.find(start, layout) and self.grids.find(start, other) else layout
 
     def _on_grid_around(self, block: Block) -> Block | None:
         """The innermost module call around a block that goes from grid to grid: blocks of windows lie on none."""
@@ -174,7 +174,7 @@ class _Finder:
     def _conv_site(
         self, kind: Literal["conv", "downsample"], unit: Unit, block: Block | None, stage: int | None
     ) -> Located:
-        layout = self._layout(unit.input, unit.nodes) if len(unit.nodes) == 1 else "NCHW"
+        layout = self._layout(unit.input, unit.nodes)
         site = self._site(kind, unit.path, unit.call, unit.input, unit.output, layout)
         assert site is not None, unit.path
         around = block.scope.nodes if block else ()
