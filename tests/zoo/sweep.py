@@ -36,9 +36,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def chosen(globs: list[str]) -> list[str]:
-    """The architectures of the golden table, or all of timm's while it is written, that match a glob."""
-    names = architectures() if updating() or not read_golden() else tuple(read_golden())
-    return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+    """The architectures of the golden table, or all of timm's while it is written, that match a glob.
+
+    The small ones go first: a run that is cut short has seen most of them.
+    """
+    golden = read_golden()
+    names = architectures() if updating() or not golden else tuple(golden)
+    matching = [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+    return sorted(matching, key=lambda name: float(golden[name]["parameters_m"]) if name in golden else 0.0)
 
 
 def run(sweep: Sweep, names: list[str], stages: tuple[str, ...] = STAGES) -> None:
