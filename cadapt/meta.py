@@ -52,4 +52,4 @@ def _remembered_twin(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor
 
 
 def _twin(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, device="meta", requires_grad=False)
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")

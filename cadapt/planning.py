@@ -5,7 +5,7 @@ A plan is a value; nothing is built here. :mod:`cadapt.surgery` carries it out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -77,8 +77,6 @@ def plan_insertions(
         reason = method.fits(placement.site, placement.form, config)
         if reason is not None:
             raise _misfit(method, placement, reason, config)
-    names = {name for name, _ in backbone.model.named_parameters()} & backbone_tensors(backbone.model).keys()
-    ordered = [name for name, _ in backbone.model.named_parameters() if name in names]
     return Plan(
         base=backbone.base,
         scheme=scheme,
@@ -86,10 +84,16 @@ def plan_insertions(
         insertions=tuple(
             Insertion(site=item.site, scheme=scheme, form=item.form, config=asdict(config)) for item in chosen
         ),
-        trainable=method.tunes(ordered),
+        trainable=method.tunes(_own_parameters(backbone)),
         bn_policy=method.bn_policy,
         seed=seed,
     )
+
+
+def _own_parameters(backbone: Backbone) -> Iterator[str]:
+    """The names of the base's parameters without its classifier's, told only to a scheme that asks."""
+    backbone_names = backbone_tensors(backbone.model).keys()
+    yield from (name for name, _ in backbone.model.named_parameters() if name in backbone_names)
 
 
 def fitting_schemes(sites: Sequence[Site]) -> dict[str, str | None]:

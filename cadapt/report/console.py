@@ -66,6 +66,15 @@ def amount(value: float, unit: str = "B") -> str:
     raise AssertionError
 
 
+def number_of(value: int, one: str, many: str | None = None) -> str:
+    """A number of things.
+
+    >>> number_of(1, "epoch"), number_of(20, "epoch"), number_of(2, "class", "classes")
+    ('1 epoch', '20 epochs', '2 classes')
+    """
+    return f"{count(value)} {one if value == 1 else many or f'{one}s'}"
+
+
 def percent(value: float, digits: int = 2) -> str:
     """A share as a percentage: ``1.40 %``."""
     return f"{100 * value:.{digits}f} %"

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cadapt.report.console import amount, count, literal, new_table, percent, stderr_console
-from cadapt.report.training_record import number_of, tell_training
+from cadapt.report.console import amount, count, literal, new_table, number_of, percent, stderr_console
+from cadapt.report.training_record import tell_training
 
 if TYPE_CHECKING:
     from cadapt.bundle import Header

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from cadapt.adapted import ADAPTERS, AdaptedModel
+from cadapt.describe.adapters import kernel_of
 from cadapt.plan import Insertion
 from cadapt.report.console import amount, count, literal, new_table, percent, stderr_console
+from cadapt.report.describe import shown_kernel
 from cadapt.surgery import adapter_path
 from cadapt.verify import InsertionCheck
 
@@ -33,14 +35,13 @@ def show_plan(model: AdaptedModel) -> None:
 def _row(model: AdaptedModel, insertion: Insertion) -> tuple[str, ...]:
     site = insertion.site
     adapter = model.get_submodule(adapter_path(insertion))
-    kernel = "" if site.kernel is None else "×".join(map(str, site.kernel))
     return (
         literal(site.name),
         site.kind,
         insertion.form,
         "×".join(map(str, site.in_shape)),
         "×".join(map(str, site.out_shape)),
-        kernel,
+        shown_kernel(kernel_of(adapter)),
         str(site.stride[0]),
         site.activation,
         count(sum(item.numel() for item in adapter.parameters())),

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, TextIO
 
-from cadapt.report.console import printable
+from cadapt.report.console import number_of, printable
 from cadapt.train.events import EpochDone, Event, Notice, RunStarted, Saved, StepDone
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def duration(seconds: float) -> str:
 def _started(event: RunStarted) -> str:
     line = (
         f"training {event.trainable_parameters:,} parameters on {event.device} in {event.precision}: "
-        f"{event.epochs} epochs of {event.steps_per_epoch} steps"
+        f"{number_of(event.epochs, 'epoch')} of {number_of(event.steps_per_epoch, 'step')}"
     )
     if event.epochs_done or event.steps_done:
         line += f", going on after epoch {event.epochs_done} and {event.steps_done} steps"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from cadapt.report.console import amount, count, literal, percent, stderr_console
+from cadapt.report.console import amount, count, literal, number_of, percent, stderr_console
 
 if TYPE_CHECKING:
     from cadapt.jobs import Trained
@@ -39,8 +39,8 @@ def show_trained(trained: Trained, output: str, size: int, folder: Path) -> None
     top1 = best.get("val_top1", best.get("top1"))
     figure = "" if top1 is None else f", {'validation' if 'val_top1' in best else 'training'} top-1 {percent(top1)}"
     console.print(
-        f"[bold]trained {result.epochs} epochs[/] in {result.seconds:.0f} s on {result.device} ({result.precision}, "
-        f"{result.images_per_second:.0f} pictures/s); best epoch {result.best_epoch}{figure}"
+        f"[bold]trained {number_of(result.epochs, 'epoch')}[/] in {result.seconds:.0f} s on {result.device} "
+        f"({result.precision}, {result.images_per_second:.0f} pictures/s); best epoch {result.best_epoch}{figure}"
     )
     skipped = trained.data.get("skipped") or []
     if skipped:

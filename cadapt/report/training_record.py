@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cadapt.report.console import count, percent
+from cadapt.report.console import count, number_of, percent
 
 Record = Mapping[str, Any]
-
-
-def number_of(value: int, one: str, many: str | None = None) -> str:
-    """A number of things.
-
-    >>> number_of(1, "epoch"), number_of(20, "epoch"), number_of(2, "class", "classes")
-    ('1 epoch', '20 epochs', '2 classes')
-    """
-    return f"{count(value)} {one if value == 1 else many or f'{one}s'}"
 
 
 def tell_training(record: Record) -> dict[str, str]:
