@@ -15,7 +15,8 @@ from torch import fx
 from cadapt.adapters import SCHEMES, Placement, Scheme, get_scheme
 from cadapt.backbone import Backbone, backbone_tensors, classifier_path
 from cadapt.errors import CadaptError, UsageError
-from cadapt.graph.sites import Located, locate_sites
+from cadapt.graph.anatomy import Located
+from cadapt.graph.sites import locate_sites
 from cadapt.graph.trace import record_shapes, trace
 from cadapt.plan import Head, Insertion, Plan
 from cadapt.site import Site

@@ -19,8 +19,8 @@ from cadapt.adapted import ADAPTERS, AdaptedModel
 from cadapt.adapters import get_scheme
 from cadapt.backbone import Backbone
 from cadapt.errors import CadaptError, RefusedError, UsageError
+from cadapt.graph.anatomy import Located
 from cadapt.graph.operators import shape_of
-from cadapt.graph.sites import Located
 from cadapt.graph.splice import Splicer
 from cadapt.head import build_head
 from cadapt.plan import Head, Insertion, Plan

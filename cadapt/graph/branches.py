@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
+from dataclasses import replace
 from typing import Literal
 
 from torch import fx, nn
 
+from cadapt.graph.anatomy import Anatomy, Located
 from cadapt.graph.blocks import Block
 from cadapt.graph.crossing import Crossings
 from cadapt.graph.flow import sources_of
+from cadapt.graph.geometry import layout_of, usual_activation, window_of
 from cadapt.graph.operators import function_name, is_attention, is_linear, is_norm, module_of
 from cadapt.graph.residual import Residual
-from cadapt.graph.scopes import Scope, stack_of
+from cadapt.graph.scopes import Scope, plain_path, stack_of
 from cadapt.graph.traits import traits_of
 
 
@@ -77,3 +80,34 @@ def attention_span(
         if crossing is not None:
             return crossing
     return trim_branch(residual, model)
+
+
+def branch_sites(anatomy: Anatomy) -> Iterable[Located]:
+    """Attention and MLP branches of blocks: from the norm that opens the branch to before its drop-path."""
+    convolved = {node for unit in anatomy.units for node in unit.nodes}
+    for block in anatomy.blocks:
+        for residual in block.residuals:
+            kind = branch_kind(residual, anatomy.model, convolved)
+            if kind is not None:
+                located = _branch_site(anatomy, kind, block, residual)
+                if located is not None:
+                    yield located
+
+
+def _branch_site(
+    anatomy: Anatomy, kind: Literal["attention", "mlp"], block: Block, residual: Residual
+) -> Located | None:
+    start, end = trim_branch(residual, anatomy.model)
+    key = branch_call(kind, block, residual, anatomy.model)
+    if kind == "attention":
+        start, end = attention_span(residual, anatomy.scopes.get(key or ""), anatomy.crossings, anatomy.model)
+    path = plain_path(key) if key else f"{block.scope.path}.{kind}"
+    layout = layout_of(start, residual.branch, anatomy.model)
+    site = anatomy.site(kind, path, block.scope.call, start, end, layout)
+    if site is None:
+        return None
+    window = window_of(residual, site.grid, anatomy.usual_window) if kind == "attention" else None
+    activation = usual_activation(block.scope.nodes, anatomy.model) or anatomy.usual_activation
+    padding = (window[0] // 2, window[1] // 2) if window else (0, 0)
+    site = replace(site, kernel=window, padding=padding, activation=activation, stage=anatomy.stage_of[block.scope.key])
+    return Located(site=site, input=start, output=end)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
+from cadapt.graph.anatomy import Located
 from cadapt.graph.operators import may_alias, mutates_input
-from cadapt.graph.sites import Located
 from cadapt.plan import Form
 
 

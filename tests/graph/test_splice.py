@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import fx, nn
 
+from cadapt.graph.anatomy import Located
 from cadapt.graph.operators import mutates_input
-from cadapt.graph.sites import Located, locate_sites
+from cadapt.graph.sites import locate_sites
 from cadapt.graph.splice import Splicer
 from cadapt.plan import Form
 from tests.graph.helpers import traced

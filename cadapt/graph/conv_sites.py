@@ -1,0 +1,88 @@
+"""Conv units and linear layers as sites: what the ``conv-`` schemes adapt, and what others fold into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Literal
+
+from torch import fx, nn
+
+from cadapt.graph.anatomy import Anatomy, Located
+from cadapt.graph.blocks import Block
+from cadapt.graph.convs import conv_of
+from cadapt.graph.flow import sources_of
+from cadapt.graph.geometry import usual_activation
+from cadapt.graph.operators import module_of, shape_of
+from cadapt.graph.units import Unit, call_of
+from cadapt.site import Layout
+
+
+def conv_sites(anatomy: Anatomy) -> Iterable[Located]:
+    """Every conv unit behind the stem: those of blocks, those that join stages, those between streams."""
+    blocks, order = anatomy.blocks, anatomy.order
+    owner = {node: block for block in blocks for node in block.scope.nodes}
+    start = min((order[block.input] for block in blocks), default=len(order))
+    projecting = {node for residual in anatomy.residuals for node in residual.shortcut}
+    for unit in anatomy.units:
+        block = owner.get(unit.output)
+        if unit.output in projecting or (block is None and order[unit.input] < start):
+            continue
+        following = next((item for item in blocks if order[item.output] > order[unit.output]), None)
+        on_the_way = block is None and following is not None and unit.output in anatomy.passed
+        around = block or following
+        stage = anatomy.stage_of[around.scope.key] if around else None
+        joins = on_the_way and max(unit.conv.stride) > 1
+        yield _conv_site(anatomy, "downsample" if joins else "conv", unit, block, stage)
+
+
+def _conv_site(
+    anatomy: Anatomy, kind: Literal["conv", "downsample"], unit: Unit, block: Block | None, stage: int | None
+) -> Located:
+    layout = anatomy.layout(unit.input, unit.nodes)
+    site = anatomy.site(kind, unit.path, unit.call, unit.input, unit.output, layout)
+    assert site is not None, unit.path
+    around = block.scope.nodes if block else ()
+    site = replace(
+        site,
+        kernel=unit.conv.kernel,
+        stride=unit.conv.stride,
+        padding=unit.conv.padding,
+        dilation=unit.conv.dilation,
+        groups=unit.conv.groups,
+        activation=usual_activation(around, anatomy.model) or anatomy.usual_activation,
+        operator=unit.operator,
+        stage=stage,
+    )
+    return Located(site=site, input=unit.input, output=unit.output)
+
+
+def linear_sites(anatomy: Anatomy) -> Iterable[Located]:
+    """Every linear layer and 1×1 conv of a block."""
+    for block in anatomy.blocks:
+        for node in block.scope.nodes:
+            located = _linear_site(anatomy, node, anatomy.stage_of[block.scope.key])
+            if located is not None:
+                yield located
+
+
+def _linear_site(anatomy: Anatomy, node: fx.Node, stage: int) -> Located | None:
+    """A linear layer's or a 1×1 conv's site, where the node calls one on something that depends on the input."""
+    module, conv, sources = module_of(node, anatomy.model), conv_of(node, anatomy.model), sources_of(node)
+    layout: Layout = "NCHW"
+    if isinstance(module, nn.Linear):
+        layout = "NHWC" if len(shape_of(node) or ()) == 4 else "NLC"
+    elif conv is None or conv.is_wide:
+        return None
+    site = anatomy.site("linear", str(node.target), call_of(node), sources[0], node, layout) if sources else None
+    if site is None:
+        return None
+    site = replace(
+        site,
+        kernel=(1, 1),
+        stride=conv.stride if conv else (1, 1),
+        groups=conv.groups if conv else 1,
+        operator=type(module).__name__,
+        stage=stage,
+    )
+    return Located(site=site, input=sources[0], output=node)
