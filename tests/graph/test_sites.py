@@ -229,69 +229,6 @@ def test_a_reused_module_has_a_site_for_each_call() -> None:
     assert [site.name for site in of_kind(sites, "conv")] == ["blocks.0.conv2", "blocks.0.conv2@1"]
 
 
-class Reparameterised(nn.Module):
-    """A 3×3 and a 1×1 conv, summed, then a ReLU: one conv in disguise, as RepVGG trains it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide = nn.Conv2d(8, 8, 3, padding=1)
-        self.narrow = nn.Conv2d(8, 8, 1)
-        self.act = nn.ReLU()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.wide(x) + self.narrow(x))
-
-
-def test_a_sum_of_linear_branches_is_one_conv_unit() -> None:
-    sites = sites_of(TinyNet(Reparameterised(), Reparameterised()))
-    assert [(site.path, site.kernel, site.operator) for site in of_kind(sites, "conv")] == [
-        ("blocks.0", (3, 3), "Reparameterised"),
-        ("blocks.1", (3, 3), "Reparameterised"),
-    ]
-
-
-class Merging(nn.Module):
-    """Two streams that both compute, summed: neither is a shortcut."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU())
-        self.right = nn.Sequential(nn.Conv2d(8, 8, 5, padding=2), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.left(x) + self.right(x)
-
-
-def test_a_merge_of_streams_is_one_block() -> None:
-    blocks = of_kind(sites_of(TinyNet(Merging(), Merging())), "block")
-    assert [site.path for site in blocks] == ["blocks.0", "blocks.1"]
-
-
-class Projecting(nn.Module):
-    """A block whose shortcut pools, projects and normalises, as ResNet-D does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(8, 8, 3, stride=2, padding=1)
-        self.act = nn.ReLU()
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
-        self.shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.conv2(self.act(self.conv1(x))) + self.shortcut(x))
-
-
-def test_a_projection_with_a_pool_is_a_shortcut() -> None:
-    (block,) = of_kind(sites_of(TinyNet(Projecting())), "block")
-    assert (block.path, block.in_shape, block.out_shape) == ("blocks.0", (8, 16, 16), (8, 8, 8))
-    assert block.stride == (2, 2)
-
-
-def test_the_conv_of_a_projection_is_no_functional_conv() -> None:
-    convs = of_kind(sites_of(TinyNet(Projecting())), "conv")
-    assert [site.path for site in convs] == ["blocks.0.conv1", "blocks.0.conv2"]
-
-
 class ChannelsLast(nn.Module):
     """A block that keeps its maps as [B, H, W, C] and mixes channels by linear layers."""
 
