@@ -13,13 +13,18 @@ import timm
 import torch
 from timm.layers import GroupNormAct, StdConv2dSame
 from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.densenet import DenseNet
+from timm.models.dla import DLA, DlaBasic
 from timm.models.efficientnet import EfficientNet
+from timm.models.metaformer import MetaFormer
+from timm.models.pit import PoolingVisionTransformer
 from timm.models.regnet import RegNet, RegNetCfg
 from timm.models.resnetv2 import ResNetV2
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vgg import VGG
 from torch import nn
+from torch.nn import functional
 
 from cadapt.backbone import Backbone, describe_model
 from cadapt.planning import Survey, survey
@@ -73,6 +78,19 @@ class OverwritingBlock(nn.Module):
         return self.conv2(branch) + x
 
 
+class DroppingBlock(nn.Module):
+    """x + conv(dropout(relu(conv(x)))) with a functional dropout that is told the mode."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch = functional.relu(self.conv1(x))
+        return x + self.conv2(functional.dropout(branch, 0.5, training=self.training))
+
+
 class ReusedNet(TinyNet):
     """One block, called twice."""
 
@@ -118,6 +136,39 @@ def _straight() -> nn.Module:
     return model
 
 
+def _reparameterised() -> nn.Module:
+    """RepVGG's and MobileOne's blocks as they train: sums of parallel convs and norms."""
+    blocks = (
+        ByoBlockCfg(type="rep", d=2, c=16, s=2, gs=8),
+        ByoBlockCfg(type="one", d=1, c=16, s=2, gs=1, block_kwargs={"num_conv_branches": 2}),
+        ByoBlockCfg(type="one", d=1, c=24, s=1, gs=0),
+    )
+    return ByobNet(ByoModelCfg(blocks=blocks, stem_type="rep", stem_chs=8), num_classes=CLASSES)
+
+
+def _second_input() -> nn.Module:
+    model = DLA(levels=(1, 1, 1, 2, 1, 1), channels=(8, 8, 16, 16, 24, 24), num_classes=CLASSES, block=DlaBasic)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            # made for norms that measure; with statistics drawn at random the logits would be in the hundreds
+            module.weight.data.mul_(0.5)
+    return model
+
+
+def _class_token() -> nn.Module:
+    return PoolingVisionTransformer(img_size=64, patch_size=8, stride=8, base_dims=(8, 8), depth=(1, 2), heads=(2, 4),
+                                    mlp_ratio=2, num_classes=CLASSES)  # fmt: skip
+
+
+def _pooled() -> nn.Module:
+    return MetaFormer(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=CLASSES, use_mlp_head=False)
+
+
+def _mixed_kernels() -> nn.Module:
+    blocks = [["ds_r1_k3_s1_e1_c8"], ["ir_r2_k3.5_s2_e2_c16"], ["ir_r1_k3.5.7_s2_e3_c24"]]
+    return EfficientNet(decode_arch_def(blocks), CLASSES, num_features=48, stem_size=8, pad_type="same")
+
+
 def _timm(name: str) -> Callable[[], nn.Module]:
     return functools.partial(timm.create_model, name, num_classes=CLASSES)
 
@@ -137,6 +188,12 @@ BASES: Mapping[str, Callable[[], nn.Module]] = {
     "depth-wise": _timm("test_efficientnet"),
     "hard-swish": _timm("mobilenetv3_small_050"),
     "tokens": _timm("test_vit"),
+    "re-parameterised": _reparameterised,
+    "second-input": _second_input,
+    "class-token": _class_token,
+    "pooled": _pooled,
+    "mixed-kernels": _mixed_kernels,
+    "functional-dropout": lambda: TinyNet(DroppingBlock(), DroppingBlock()),
 }
 # timm builds this one for a fixed input
 _SIZES = {"tokens": 160}
