@@ -110,6 +110,9 @@ class Tokens(nn.Module):
         self.blocks = nn.Sequential(Mixer(width), Mixer(width))
         self.fc = nn.Linear(width, CLASSES)
 
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.stem(x).flatten(2).transpose(1, 2)
         tokens = torch.cat((self.prefix.expand(x.shape[0], -1, -1), tokens), 1)
