@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.graph.helpers import of_kind, sites_of
+from cadapt.graph.sites import locate_sites
+from tests.graph.helpers import of_kind, sites_of, traced
 from tests.models import CLASSES, PlainBlock, TinyNet
 
 
@@ -190,6 +191,42 @@ def test_of_layers_and_the_whole_that_mixes_them_the_whole_is_taken() -> None:
     assert block_paths(TinyNet(Aggregated(), Aggregated())) == ["blocks.0", "blocks.1"]
 
 
+class Core(nn.Module):
+    """Layers in a line whose results are all concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv(), conv()
+        self.act = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.act(self.conv1(x))
+        return torch.cat((x, first, self.act(self.conv2(first))), 1)
+
+
+class Cored(nn.Module):
+    """Such a core, and the narrow conv that mixes what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = Core()
+        self.mix = nn.Sequential(conv(1, 24, 8), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(self.core(x))
+
+
+def test_a_call_that_adds_narrow_layers_to_its_core_is_the_block() -> None:
+    assert block_paths(TinyNet(Cored(), Cored())) == ["blocks.0", "blocks.1"]
+
+
+def test_a_call_that_adds_wide_layers_to_what_recurs_inside_is_not() -> None:
+    def group() -> nn.Module:
+        return nn.Sequential(Separable(), Separable(), conv(), nn.ReLU())
+
+    assert block_paths(TinyNet(group(), group())) == [f"blocks.{outer}.{inner}" for outer in (0, 1) for inner in (0, 1)]
+
+
 class PlainNet(nn.Module):
     """VGG's: convs, norms and activations in one list."""
 
@@ -214,6 +251,8 @@ def test_in_a_plain_net_each_conv_with_its_norm_and_activation_is_a_block() -> N
     assert [(site.path, site.operator) for site in blocks] == [(f"features.{index}", "Conv2d") for index in (3, 7, 10)]
     assert [site.in_shape for site in blocks] == [(8, 32, 32), (8, 16, 16), (16, 16, 16)]
     assert [site.out_shape for site in blocks] == [(8, 32, 32), (16, 16, 16), (16, 16, 16)]
+    located = [item for item in locate_sites(traced(model), model) if item.site.kind == "block"]
+    assert [str(item.output.target) for item in located] == [f"features.{index}" for index in (5, 9, 12)]
 
 
 class Headed(nn.Module):

@@ -155,6 +155,13 @@ def test_a_branch_may_read_a_second_tensor() -> None:
         assert names(residual.branch) == {"own", "act", "out"}
 
 
+@pytest.mark.xfail(strict=True, reason="the sum inside the branch makes it the conv of a projection")
+def test_a_wide_conv_of_the_second_tensor_is_a_functional_one() -> None:
+    model = QueryingNet()
+    model.blocks[1].other = conv()
+    assert "blocks.1.other" in [site.path for site in of_kind(sites_of(model), "conv")]
+
+
 def test_a_block_with_a_second_tensor_is_entered_by_the_first() -> None:
     model = QueryingNet()
     located = [item for item in locate_sites(traced(model), model) if item.site.kind == "block"]

@@ -91,6 +91,24 @@ def test_two_units_in_one_call_have_names_of_their_own() -> None:
     assert units(TwoSums()) == [("blocks.0.wide1", (3, 3), "add"), ("blocks.0.wide2", (5, 5), "add")]
 
 
+class SharedConv(nn.Module):
+    """Two sums that share their widest conv."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.first, self.second = conv(5), conv(1), conv(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shared = self.shared(x)
+        return torch.relu(shared + self.first(x)) * torch.relu(shared + self.second(x))
+
+
+@pytest.mark.xfail(strict=True, reason="both are named by the conv they share")
+def test_units_that_share_a_conv_have_names_of_their_own() -> None:
+    paths = [path for path, _, _ in units(SharedConv())]
+    assert len(paths) == len(set(paths))
+
+
 class Chunked(nn.Module):
     """Convs over chunks of the channels, put together again; a chunk may pass as it is."""
 
