@@ -20,6 +20,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from cadapt.checkpoints import fill_model, read_checkpoint
+from cadapt.classifiers import backbone_tensors, classifier_paths
 from cadapt.errors import CadaptError, RefusedError, UsageError, close_matches
 from cadapt.hashing import hash_tensors
 from cadapt.known_checkpoints import recall_checkpoint, remember_checkpoint
@@ -182,27 +183,6 @@ def describe_model(model: nn.Module, img_size: int | None = None) -> Backbone:
     return _probed(_identify(model, name, "given", img_size=img_size), _at_rest(model))
 
 
-def classifier_path(model: nn.Module) -> str | None:
-    """The path of a timm model's classifier, or None where it has no single one."""
-    getter = getattr(model, "get_classifier", None)
-    classifier = getter() if callable(getter) else None
-    if isinstance(classifier, nn.Module):
-        for path, module in model.named_modules():
-            if module is classifier:
-                return str(path)
-    recorded = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
-    if isinstance(recorded, str) and _has_module(model, recorded):
-        return str(recorded)
-    return None
-
-
-def backbone_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's state without its classifier."""
-    head = classifier_path(model)
-    state: dict[str, torch.Tensor] = model.state_dict()
-    return {name: tensor for name, tensor in state.items() if head is None or not name.startswith(f"{head}.")}
-
-
 def check_architecture(name: str) -> None:
     """Check that timm has an architecture of that name, and weights of that tag.
 
@@ -332,8 +312,8 @@ def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.Module:
     state = read_checkpoint(path)
     with torch.device("meta"):
-        head = classifier_path(_create(name, pretrained=False, **arguments))
-    classes = _classes_in(state, head)
+        heads = classifier_paths(_create(name, pretrained=False, **arguments))
+    classes = _classes_in(state, heads[0] if heads else None)
     if classes is not None and "num_classes" not in arguments:
         arguments = {**arguments, "num_classes": classes}
     model = _create(name, pretrained=False, **arguments)

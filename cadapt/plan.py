@@ -59,8 +59,10 @@ class Insertion:
 class Head:
     """The task's own classifier, which stands beside the base's and is fed what the base's would be.
 
-    ``path`` is the base's classifier; ``init`` says whether the new one starts as a copy of it (``base``) or fresh
-    from ``seed`` (``new``). ``norm`` puts a fresh LayerNorm, ``dropout`` a dropout of that rate before it.
+    ``path`` is the base's classifier; where it has several (distilled models), ``others`` are the rest, each with a new
+    one of its own, which the base joins as it joins its own. ``init`` says whether the new one starts as a copy of it
+    (``base``) or fresh from ``seed`` (``new``). ``norm`` puts a fresh LayerNorm, ``dropout`` a dropout of that rate
+    before it.
     """
 
     path: str
@@ -69,6 +71,12 @@ class Head:
     norm: bool = False
     dropout: float = 0.0
     seed: int = 0
+    others: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The base's classifiers that the task's stand in for."""
+        return (self.path, *self.others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +116,7 @@ class Plan:
             )
         values = _known(cls, record)
         values["base"] = _read_base(record.get("base"))
-        values["head"] = None if record.get("head") is None else _read(Head, record["head"])
+        values["head"] = _read_head(record.get("head"))
         values["insertions"] = tuple(_read_insertion(item) for item in _list(record, "insertions"))
         values["trainable"] = tuple(_list(record, "trainable"))
         return _in_range(_construct(cls, values))
@@ -152,6 +160,12 @@ def _read(cls: type[Value], record: object) -> Value:
     if not isinstance(record, Mapping):
         raise RefusedError(f"damaged plan: {cls.__name__} is {record!r:.60}, expected an object")
     return _construct(cls, _known(cls, record))
+
+
+def _read_head(record: object) -> Head | None:
+    if isinstance(record, Mapping):
+        record = {**record, "others": tuple(_list(record, "others"))}
+    return None if record is None else _read(Head, record)
 
 
 def _read_base(record: object) -> Base:

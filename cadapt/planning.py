@@ -13,7 +13,8 @@ from typing import Any
 from torch import fx
 
 from cadapt.adapters import SCHEMES, Placement, Scheme, get_scheme
-from cadapt.backbone import Backbone, backbone_tensors, classifier_path
+from cadapt.backbone import Backbone
+from cadapt.classifiers import backbone_tensors, classifier_paths
 from cadapt.errors import CadaptError, UsageError
 from cadapt.graph.anatomy import Located
 from cadapt.graph.sites import locate_sites
@@ -159,17 +160,16 @@ def with_head(plan: Plan, backbone: Backbone, num_classes: int | None, **setting
     """Return the plan with a task head: fresh for ``num_classes``, or a copy of the base's own where None.
 
     Raises:
-        CadaptError: the base has no single classifier that a head could stand in for.
+        CadaptError: the base says of no classifier that a head could stand in for.
     """
-    path = classifier_path(backbone.model)
-    if path is None:
-        raise CadaptError(f"{backbone.base.name} has no single classifier to put a head in place of")
+    paths = classifier_paths(backbone.model)
+    if not paths:
+        raise CadaptError(f"{backbone.base.name} has no classifier to put a head in place of")
+    path, others = paths[0], paths[1:]
     if num_classes is not None:
-        return replace(
-            plan, head=Head(path=path, num_classes=num_classes, init="new", **{"seed": plan.seed, **settings})
-        )
-    classifier = backbone.model.get_submodule(path)
-    weight = getattr(classifier, "weight", None)
+        seeded = {"seed": plan.seed, **settings}
+        return replace(plan, head=Head(path=path, others=others, num_classes=num_classes, init="new", **seeded))
+    weight = getattr(backbone.model.get_submodule(path), "weight", None)
     if weight is None:
         return plan
-    return replace(plan, head=Head(path=path, num_classes=int(weight.shape[0]), init="base", **settings))
+    return replace(plan, head=Head(path=path, others=others, num_classes=int(weight.shape[0]), init="base", **settings))

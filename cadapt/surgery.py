@@ -146,16 +146,17 @@ def adapter_name(site: Site) -> str:
 
 
 def _splice_head(graph: fx.Graph, base: nn.Module, adapters: nn.Module, head: Head) -> None:
-    calls = [node for node in graph.nodes if node.op == "call_module" and node.target == head.path]
-    shape = shape_of(calls[0].all_input_nodes[0]) if calls else None
-    if shape is None:
-        raise CadaptError(f"the classifier '{head.path}' is not called by itself: a head cannot stand in for it")
-    classifier = base.get_submodule(head.path)
-    # a model without classes has an identity here: what it is given tells pooled maps [B, C, 1, 1] from features
-    # [B, C] and an attention pool's tokens [B, L, C]
-    on_maps = len(shape) == 4 and not isinstance(classifier, nn.Linear)
-    features = shape[1] if on_maps else shape[-1]
-    build = partial(build_head, classifier, head, features=features, on_maps=on_maps)
-    adapters.add_module("head", _build_like(build, _seed_of(head.seed, "head"), base))
-    for node in calls:
-        node.target = f"{ADAPTERS}.head"
+    """Put the task's classifiers where the base's are called: at ``adapters.head``, or below it for each of several."""
+    several = bool(head.others)
+    if several:
+        adapters.add_module("head", nn.Module())
+    for index, path in enumerate(head.paths):
+        calls = [node for node in graph.nodes if node.op == "call_module" and node.target == path]
+        shape = shape_of(calls[0].all_input_nodes[0]) if calls else None
+        if shape is None:
+            raise CadaptError(f"the classifier '{path}' is not called by itself: a head cannot stand in for it")
+        target = f"head.{index}" if several else "head"
+        build = partial(build_head, base.get_submodule(path), head, shape=shape[1:])
+        adapters.set_submodule(target, _build_like(build, _seed_of(head.seed, target), base))
+        for node in calls:
+            node.target = f"{ADAPTERS}.{target}"

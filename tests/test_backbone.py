@@ -10,9 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from cadapt.backbone import (
-    backbone_tensors,
     check_identity,
-    classifier_path,
     describe_model,
     load_backbone,
     reload_backbone,
@@ -286,14 +284,3 @@ def test_without_a_network_the_hub_is_refused_with_a_way_out(tmp_path: Path, mon
     assert "\n" not in caught.value.message
     assert "--checkpoint" in str(caught.value.hint)
     assert "--no-pretrained" in str(caught.value.hint)
-
-
-@pytest.mark.parametrize(
-    ("name", "path"), [("test_resnet", "fc"), ("test_convnext", "head.fc"), ("test_vit", "head"), ("vgg11", "head.fc")]
-)
-def test_the_classifier_is_found(name: str, path: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    assert classifier_path(model) == path
-    assert not any(item.startswith(f"{path}.") for item in backbone_tensors(model))
-    assert describe_model(model).base.sha256 == ""

@@ -14,7 +14,7 @@ LAYERS = (
     ("errors", "version"),
     ("site", "plan", "preprocessing", "kinds"),
     ("files", "hashing", "known_checkpoints", "checkpoints", "thresholds"),
-    ("meta", "seeding", "probe"),
+    ("meta", "seeding", "probe", "classifiers"),
     ("graph", "adapters", "head"),
     ("backbone",),
     ("planning",),

@@ -230,7 +230,7 @@ def _identify(merged: AdaptedModel) -> Base:
     """The identity of a base whose layers took adapters up."""
     head = merged.plan.head
     state: Mapping[str, torch.Tensor] = merged.state_dict()
-    skipped = (f"{ADAPTERS}.", *((f"{head.path}.",) if head is not None else ()))
+    skipped = (f"{ADAPTERS}.", *(f"{path}." for path in (head.paths if head is not None else ())))
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith(skipped)}
     parameters = {name for name, _ in merged.named_parameters()} & tensors.keys()
     return replace(

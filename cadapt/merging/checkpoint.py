@@ -73,14 +73,16 @@ def _difference(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Ten
 def _renamed(model: AdaptedModel) -> dict[str, torch.Tensor]:
     """The base's tensors and the head's, the head under the classifier's path."""
     state: Mapping[str, torch.Tensor] = model.state_dict()
-    head = model.plan.head
-    taken = f"{head.path}." if head is not None else None
+    paths = model.plan.head.paths if model.plan.head is not None else ()
+    taken = tuple(f"{path}." for path in paths)
     renamed = {
         key: tensor
         for key, tensor in state.items()
         if not key.startswith(f"{ADAPTERS}.") and not (taken and key.startswith(taken))
     }
-    for key, tensor in state.items():
-        if taken and key.startswith(_HEAD):
-            renamed[taken + key.removeprefix(_HEAD).removeprefix("classifier.")] = tensor
+    for index, path in enumerate(taken):
+        ours = f"{_HEAD}{index}." if len(taken) > 1 else _HEAD
+        for key, tensor in state.items():
+            if key.startswith(ours):
+                renamed[path + key.removeprefix(ours).removeprefix("classifier.")] = tensor
     return renamed

@@ -20,7 +20,7 @@ from cadapt.adapted import ADAPTERS, AdaptedModel
 from cadapt.backbone import Backbone
 from cadapt.errors import CadaptError
 from cadapt.hashing import tensor_bytes
-from cadapt.planning import Survey, survey
+from cadapt.planning import Survey, plan_insertions, survey, with_head
 from cadapt.surgery import operate
 from tests.zoo.census import family_of, kind_of, make_on_meta
 from tests.zoo.digest import digest_of
@@ -30,6 +30,7 @@ from tests.zoo.setting import SCHEMES, Setting, bare_backbone, choose_setting, c
 SITE_KINDS = ("block", "conv", "downsample", "stage", "attention", "mlp", "linear")
 # a block whose paths are dropped for both pictures passes no gradient: then others are drawn
 _DRAWS = 4
+_TASK_CLASSES = 5
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -57,7 +58,20 @@ def check_sites(name: str) -> dict[str, Any]:
     found = [site.kind for site in surveyed.sites]
     record["sites"] = {kind: found.count(kind) for kind in SITE_KINDS}
     record["schemes"] = count_adapters(backbone, surveyed)
+    record["head"] = head_problem(backbone, surveyed)
     return record
+
+
+def head_problem(backbone: Backbone, surveyed: Survey) -> str | None:
+    """Why a task's head cannot stand in for the model's classifier, or None where it gives its classes."""
+    images = torch.empty(2, *backbone.preprocessing.input_size, device="meta")
+    try:
+        plan = with_head(plan_insertions(backbone, "linear"), backbone, _TASK_CLASSES)
+        with torch.no_grad():
+            shape = tuple(_tensor(operate(backbone, plan, surveyed).eval()(images)).shape)
+    except Exception as error:  # whatever a model's code raises belongs in the table
+        return in_words(error)
+    return None if shape == (2, _TASK_CLASSES) else f"its logits have shape {shape}"
 
 
 def check_numbers(name: str, native: Mapping[str, int | str]) -> dict[str, Any]:

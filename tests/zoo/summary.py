@@ -11,7 +11,7 @@ from tests.zoo.setting import SCHEMES
 from tests.zoo.stages import Records, Sweep
 
 Verdict = tuple[str, str]
-_TRACE_COLUMNS = ("traced", "trace_seconds", "side", "numbers_seconds", "peak_gb", "golden", "notes")
+_TRACE_COLUMNS = ("traced", "head", "trace_seconds", "side", "numbers_seconds", "peak_gb", "golden", "notes")
 REPORT_COLUMNS = (
     *COLUMNS[:-4],
     *(f"{scheme}{part}" for scheme in SCHEMES for part in ("", " adapters", " effect", " reason")),
@@ -82,6 +82,7 @@ def _csv_row(
         row[f"{scheme} adapters"] = count if isinstance(count, int) else ""
     notes = [] if numbers.get("drops", True) else ["nothing is dropped in train mode"]
     row |= {"traced": "yes" if "sites" in sites else "no", "trace_seconds": sites.get("seconds", "")}
+    row["head"] = sites.get("head") or ""
     row |= {"side": numbers.get("side", ""), "numbers_seconds": numbers.get("seconds", "")}
     return row | {"peak_gb": numbers.get("peak_gb", ""), "notes": "; ".join(notes)}
 
@@ -103,6 +104,8 @@ def _markdown(sites: Records, verdicts: Mapping[str, Mapping[str, Verdict]], row
         )
     lines.append(_line(_cells("**all**", list(verdicts), sites, verdicts)))
     lines += ["", "## Exceptions", "", *_exceptions(verdicts)]
+    lines += ["", "## Where no task's head fits", ""]
+    lines += [f"- {row['name']}: {row['head']}" for row in rows if row["head"]] or ["none"]
     lines += ["", "## Unlike the golden table", ""]
     lines += [f"- {row['name']}: {row['golden']}" for row in rows if row["golden"]] or ["none"]
     slow = sorted(sites.values(), key=lambda item: -float(item.get("seconds", 0)))[:10]
