@@ -8,7 +8,7 @@ from dataclasses import replace
 from cadapt.graph.anatomy import Anatomy, Located
 from cadapt.graph.blocks import Block
 from cadapt.graph.convs import fit_grid
-from cadapt.graph.geometry import functional_conv, layout_of, odd, usual_activation, window_of
+from cadapt.graph.geometry import functional_conv, odd, usual_activation, window_of
 from cadapt.graph.scopes import plain_path
 from cadapt.site import Site
 
@@ -42,7 +42,7 @@ def _on_grid_around(anatomy: Anatomy, block: Block) -> Block | None:
     while key is not None:
         scope = anatomy.scopes[key]
         crossing = anatomy.crossings.find(scope.nodes)
-        layout = layout_of(crossing[0], scope.nodes, anatomy.model) if crossing else "NCHW"
+        layout = anatomy.layout(crossing[0], scope.nodes) if crossing else "NCHW"
         if crossing and all(anatomy.grids.find(node, layout) for node in crossing):
             return Block(scope=scope, input=crossing[0], output=crossing[1], operator=scope.kind.__name__)
         key = scope.parent
@@ -82,7 +82,7 @@ def stage_sites(anatomy: Anatomy) -> Iterable[Located]:
         groups.setdefault(anatomy.stage_of[block.scope.key], []).append(block)
     for stage, blocks in groups.items():
         start, end = blocks[0].input, blocks[-1].output
-        layout = layout_of(start, blocks[0].scope.nodes, anatomy.model)
+        layout = anatomy.layout(start, blocks[0].scope.nodes)
         path = blocks[0].scope.parent or blocks[0].scope.path
         site = anatomy.site("stage", plain_path(path), 0, start, end, layout)
         if site is not None:

@@ -12,7 +12,7 @@ from cadapt.graph.anatomy import Anatomy, Located
 from cadapt.graph.blocks import Block
 from cadapt.graph.crossing import Crossings
 from cadapt.graph.flow import sources_of
-from cadapt.graph.geometry import layout_of, usual_activation, window_of
+from cadapt.graph.geometry import usual_activation, window_of
 from cadapt.graph.operators import function_name, is_attention, is_linear, is_norm, module_of
 from cadapt.graph.residual import Residual
 from cadapt.graph.scopes import Scope, plain_path, stack_of
@@ -102,7 +102,7 @@ def _branch_site(
     if kind == "attention":
         start, end = attention_span(residual, anatomy.scopes.get(key or ""), anatomy.crossings, anatomy.model)
     path = plain_path(key) if key else f"{block.scope.path}.{kind}"
-    layout = layout_of(start, residual.branch, anatomy.model)
+    layout = anatomy.layout(start, residual.branch)
     site = anatomy.site(kind, path, block.scope.call, start, end, layout)
     if site is None:
         return None

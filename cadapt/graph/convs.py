@@ -74,8 +74,9 @@ def conv_of(node: fx.Node, model: nn.Module) -> Conv | None:
 def fit_axis(size: int, out_size: int, kernel: int, dilation: int) -> tuple[int, int] | None:
     """Stride and padding on both sides with which a kernel takes one size to another, the widest padding first."""
     ratio = size / out_size
-    for stride in dict.fromkeys((round(ratio), math.floor(ratio), math.ceil(ratio))):
-        for padding in range(dilation * (kernel // 2), -1, -1):
+    strides = dict.fromkeys((round(ratio), math.floor(ratio), math.ceil(ratio)))
+    for padding in range(dilation * (kernel // 2), -1, -1):
+        for stride in strides:
             if stride > 0 and (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 == out_size:
                 return stride, padding
     return None

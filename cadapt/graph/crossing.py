@@ -1,8 +1,8 @@
 """Where data enters and leaves a module call: the one tensor in and the one tensor out between which an adapter lies.
 
 Most calls have one of each. A block that is given its shortcut beside its input (DLA) reads one that counts; one that
-first joins what it is given (a dense layer's concatenation, a dual path's tuple) is entered at the joint; cells with
-two inputs are entered by the later one.
+first joins what it is given (a dense layer's concatenation) is entered at the joint; cells with two inputs are entered
+by the later one.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Crossings:
         joint = self._shared([source for node in mixers for source in sources_of(node)])
         while joint is not None and joint in inside and len(sources_of(joint)) == 1:
             joint = sources_of(joint)[0]
-        if joint is not None and (joint in inside or joint in inputs) and shape_of(joint) is not None:
+        if joint is not None and joint in inside and shape_of(joint) is not None:
             return joint
         return max(inputs, key=self.order.__getitem__)
 

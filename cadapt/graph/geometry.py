@@ -72,7 +72,8 @@ def layout_of(start: fx.Node, nodes: Sequence[fx.Node], model: nn.Module) -> Lay
             if user not in inside or user in seen:
                 continue
             seen.add(user)
-            if _mixes_last(user, model):
+            maps = len(shape_of(user) or ()) == 4  # windows and tokens laid out of a map say nothing of it
+            if maps and _mixes_last(user, model):
                 return "NHWC"
             to_last = function_name(user) == "permute" and user.args[1:] == (0, 2, 3, 1)
             if conv_of(user, model) is not None or is_norm(user, model) or to_last:

@@ -8,9 +8,8 @@ could not be traced through. Convs that see no map are no functional convs: thos
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import fx, nn
 
@@ -71,19 +70,7 @@ def find_units(
             if single is not None:
                 units.append(single)
     order = {node: index for index, node in enumerate(graph.nodes)}
-    return _named_apart(sorted(units, key=lambda unit: order[unit.output]))
-
-
-def _named_apart(units: Sequence[Unit]) -> list[Unit]:
-    """Units of one module call under the names of their own convs, so that each has its own."""
-    counts = Counter((unit.path, unit.call) for unit in units)
-    named = []
-    for unit in units:
-        if counts[unit.path, unit.call] > 1:
-            main = max(unit.nodes, key=lambda node: _width(node))
-            unit = replace(unit, path=str(main.target), call=call_of(main))
-        named.append(unit)
-    return named
+    return sorted(units, key=lambda unit: order[unit.output])
 
 
 def _width(node: fx.Node) -> int:
@@ -160,7 +147,7 @@ def _linear_merge(end: fx.Node, scopes: Mapping[str, Scope], dominators: Mapping
     if any(traits_of(node).bends or traits_of(node).normalises or _turns(node) for node in nodes):
         return None
     convs = [conv for node in nodes if (conv := traits_of(node).conv) is not None and conv.is_wide]
-    if not convs or not is_functional(start, end):
+    if not convs or not is_functional(start, end) or _leaks(nodes, end):
         return None
     if concatenates and not (_keeps_channels(start, end) or _mixes_all(start, end)):
         return None
@@ -179,6 +166,13 @@ def _linear_merge(end: fx.Node, scopes: Mapping[str, Scope], dominators: Mapping
         output=end,
         nodes=tuple(nodes),
     )
+
+
+def _leaks(nodes: Sequence[fx.Node], end: fx.Node) -> bool:
+    """Whether something inside a unit is read outside of it as well: then its end is not all that it gives."""
+    inside = {*nodes, end}
+    users = (user for node in nodes if node is not end for user in node.users)
+    return any(user not in inside and shape_of(user) is not None for user in users)
 
 
 def _turns(node: fx.Node) -> bool:

@@ -180,7 +180,6 @@ def test_a_cell_of_two_inputs_is_entered_by_the_later() -> None:
     assert third.input is second.output
 
 
-@pytest.mark.xfail(strict=True, reason="the older input, which all the rest is made from, is taken for a joint")
 def test_the_second_cell_too_is_entered_by_its_later_input() -> None:
     first, second, _ = blocks_of(CellNet()).values()
     assert second.input is first.output

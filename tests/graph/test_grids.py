@@ -168,7 +168,6 @@ class WindowNet(nn.Module):
         return self.fc(self.windows(self.stem(x)).mean((2, 3)))
 
 
-@pytest.mark.xfail(strict=True, reason="the layout around is told from norms inside the windows")
 def test_around_blocks_of_windows_the_call_from_grid_to_grid_is_a_block() -> None:
     on_grid = [site for site in of_kind(sites_of(WindowNet()), "block") if site.grid is not None]
     assert [(site.path, site.layout, site.grid) for site in on_grid] == [

@@ -103,7 +103,6 @@ class SharedConv(nn.Module):
         return torch.relu(shared + self.first(x)) * torch.relu(shared + self.second(x))
 
 
-@pytest.mark.xfail(strict=True, reason="both are named by the conv they share")
 def test_units_that_share_a_conv_have_names_of_their_own() -> None:
     paths = [path for path, _, _ in units(SharedConv())]
     assert len(paths) == len(set(paths))
