@@ -57,7 +57,10 @@ class AdaptedModel(nn.Module):
         self._set_trainable()
         # a scheme that tunes the base's own tensors needs their first values to be switched off
         self._pristine = {name: tensor.detach().clone() for name, tensor in self._changing().items()}
-        self.train(base.training)
+        # modules of the base keep the mode they are in: who froze a part means it
+        self.training = base.training
+        adapters.train(base.training)
+        self._freeze_norms()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits, or the pristine base's while :func:`disabled`."""
@@ -78,11 +81,14 @@ class AdaptedModel(nn.Module):
     def train(self, mode: bool = True) -> AdaptedModel:
         """Set train or eval mode; batch norms of the base keep their statistics where the plan freezes them."""
         super().train(mode)
+        self._freeze_norms()
+        return self
+
+    def _freeze_norms(self) -> None:
         if self.plan.bn_policy == "frozen":
             for name, module in self.named_modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and not name.startswith(f"{ADAPTERS}."):
                     module.training = False
-        return self
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
         """What the adapter file holds: all tensors the plan trains, and the buffers that training changes.

@@ -164,7 +164,10 @@ def with_head(plan: Plan, backbone: Backbone, num_classes: int | None, **setting
     """
     paths = classifier_paths(backbone.model)
     if not paths:
-        raise CadaptError(f"{backbone.base.name} has no classifier to put a head in place of")
+        raise CadaptError(
+            f"{backbone.base.name} has no classifier to put a head in place of",
+            hint="a model of your own says which it is by a method get_classifier() that returns the module",
+        )
     path, others = paths[0], paths[1:]
     if num_classes is not None:
         seeded = {"seed": plan.seed, **settings}

@@ -64,6 +64,10 @@ def operate(backbone: Backbone, plan: Plan, surveyed: Survey | None = None) -> A
     return model
 
 
+# what a site is called by, not what an adapter there computes
+_DESCRIPTIVE = frozenset({"stage", "operator"})
+
+
 def _place(site: Site) -> tuple[str, str, int]:
     return site.kind, site.path, site.call
 
@@ -80,12 +84,12 @@ def _match(insertion: Insertion, located: Mapping[tuple[str, str, int], Located]
     item = located.get(_place(insertion.site))
     if item is None:
         raise RefusedError(f"{plan.base.name} has no {insertion.site.kind} site '{insertion.site.name}' to adapt")
-    if item.site != insertion.site:
-        differing = [
-            f"{key} {getattr(item.site, key)}, expected {value}"
-            for key, value in vars(insertion.site).items()
-            if getattr(item.site, key) != value
-        ]
+    differing = [
+        f"{key} {getattr(item.site, key)}, expected {value}"
+        for key, value in vars(insertion.site).items()
+        if key not in _DESCRIPTIVE and getattr(item.site, key) != value
+    ]
+    if differing:
         raise RefusedError(f"site '{insertion.site.name}' of {plan.base.name} differs: {'; '.join(differing)}")
     return item
 

@@ -11,7 +11,7 @@ from cadapt.graph.blocks import Block, BlockFinder
 from cadapt.graph.crossing import Crossings
 from cadapt.graph.flow import immediate_dominators
 from cadapt.graph.geometry import layout_of, usual_activation, window_of
-from cadapt.graph.grids import Grids
+from cadapt.graph.grids import Grid, Grids
 from cadapt.graph.operators import shape_of
 from cadapt.graph.residual import find_residuals
 from cadapt.graph.scopes import find_scopes
@@ -53,7 +53,7 @@ class Anatomy:
             units=self.units,
             stem=stem_of(self.units),
         ).run()
-        self.grids = Grids(graph)
+        self.grids = Grids(graph, dominators)
         self.usual_activation = usual_activation(graph.nodes, model) or "relu"
         self.usual_window = self._usual_window()
         self.stage_of = _number_stages(self.blocks)
@@ -66,7 +66,11 @@ class Anatomy:
             return None
         if len(before) == 2:
             layout = "NC"
-        grid, out_grid = self.grids.find(start, layout), self.grids.find(end, layout)
+        grid = self.grids.find(start, layout)
+        out_grid = self.grids.find(end, layout, inside_branch=kind in ("attention", "mlp"))
+        if kind in ("conv", "downsample") and layout == "NCHW":
+            # a conv reads a map whatever its proportions
+            grid, out_grid = Grid(size=(before[2], before[3])), Grid(size=(after[2], after[3]))
         if grid and out_grid and grid.prefix != out_grid.prefix:
             grid = out_grid = None
         stride = (1, 1)

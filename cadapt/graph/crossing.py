@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 
 from torch import fx
 
-from cadapt.graph.flow import between, sources_of
+from cadapt.graph.flow import sources_of
 from cadapt.graph.operators import shape_of
 from cadapt.graph.scopes import border
 from cadapt.graph.traits import traits_of
@@ -81,17 +81,27 @@ class Crossings:
         return chain
 
     def _exit(self, outputs: list[fx.Node], inside: Collection[fx.Node], mixers: list[fx.Node]) -> fx.Node | None:
-        """The last layer inside, with what follows it in a line, where all other layers lead to it."""
-        if not mixers:
+        """The output that the others are made from, else the last layer inside with what follows it in a line."""
+        first = min(outputs, key=self.order.__getitem__)
+        if not mixers or any(node not in _ancestors(mixers[-1]) for node in mixers[:-1]):
             return None
-        last = mixers[-1]
-        leading = set(between(mixers[0], last))
-        if any(node not in leading for node in mixers[1:]):
-            return None
-        end = last
+        if mixers[-1] in {first, *_ancestors(first)} and all(first in {node, *_ancestors(node)} for node in outputs):
+            return first
+        end = mixers[-1]
         while end not in outputs:
             users = [user for user in end.users if user in inside]
             if len(users) != 1 or shape_of(users[0]) is None or len(sources_of(users[0])) != 1:
                 break
             end = users[0]
         return end
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        for source in sources_of(stack.pop()):
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found

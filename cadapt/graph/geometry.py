@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
+import torch
 from torch import fx, nn
 
 from cadapt.graph.blocks import Block
@@ -75,11 +77,28 @@ def layout_of(start: fx.Node, nodes: Sequence[fx.Node], model: nn.Module) -> Lay
             maps = len(shape_of(user) or ()) == 4  # windows and tokens laid out of a map say nothing of it
             if maps and _mixes_last(user, model):
                 return "NHWC"
-            to_last = function_name(user) == "permute" and user.args[1:] == (0, 2, 3, 1)
+            moved = _moves_channels(user)
+            if moved == "first":
+                return "NHWC"
+            to_last = moved == "last"
             if conv_of(user, model) is not None or is_norm(user, model) or to_last:
                 return "NCHW"
             frontier.append(user)
     return "NCHW"
+
+
+def _moves_channels(node: fx.Node) -> Literal["first", "last"] | None:
+    """Whether a node turns maps channels first to channels last or back, in whatever spelling."""
+    if function_name(node) not in ("permute", "movedim", "moveaxis", "transpose", "swapaxes"):
+        return None
+    if len(shape_of(node) or ()) != 4:
+        return None
+    probe = torch.empty((2, 3, 5, 7), device="meta")
+    settings = [item for item in node.args[1:] if not isinstance(item, fx.Node)]
+    turned = getattr(probe, function_name(node))(*settings, **dict(node.kwargs))
+    if tuple(turned.shape) == (2, 5, 7, 3):
+        return "last"
+    return "first" if tuple(turned.shape) == (2, 7, 3, 5) else None
 
 
 def _mixes_last(node: fx.Node, model: nn.Module) -> bool:

@@ -149,25 +149,31 @@ def _holds_tensors(node: fx.Node) -> bool:
     return isinstance(meta, tuple | list) and any(hasattr(item, "shape") for item in meta)
 
 
-_VIEWS = frozenset(
-    {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "getitem", "chunk",
-     "split", "narrow", "t", "contiguous", "unflatten", "view_as"}
+# what gives a tensor of its own, whatever it is given; all else may hand its input on, or a view of it
+_FRESH_FUNCTIONS = frozenset(
+    {"add", "sub", "mul", "truediv", "div", "neg", "pow", "sqrt", "rsqrt", "mean", "sum", "cat", "concat", "stack",
+     "matmul", "bmm", "einsum", "linear", "conv2d", "layer_norm", "group_norm", "batch_norm", "softmax", "sigmoid",
+     "tanh", "gelu", "silu", "relu", "hardswish", "clone", "scaled_dot_product_attention", "interpolate", "max_pool2d",
+     "avg_pool2d", "adaptive_avg_pool2d", "roll", "flip"}
 )  # fmt: skip
 
 
 def may_alias(node: fx.Node, model: nn.Module) -> bool:
-    """Whether a node's output may share memory with its first input."""
+    """Whether a node's output may share memory with its first input; said of everything not known to copy."""
+    if mutates_input(node, model):
+        return True
     module = module_of(node, model)
     if module is not None:
-        return isinstance(module, nn.Identity | nn.Dropout | nn.Flatten) or mutates_input(node, model)
-    return function_name(node) in _VIEWS or mutates_input(node, model)
+        return not (isinstance(module, MIXERS) or is_norm(node, model) or activation_of(node, model) is not None)
+    return function_name(node) not in _FRESH_FUNCTIONS
 
 
 def mutates_input(node: fx.Node, model: nn.Module) -> bool:
     """Whether a node overwrites its first input: an in-place module, function, method or operator."""
     module = module_of(node, model)
     if module is not None:
-        return bool(getattr(module, "inplace", False)) and not is_norm(node, model)
+        # one that was not opened does inside what it likes
+        return is_closed(module) or (bool(getattr(module, "inplace", False)) and not is_norm(node, model))
     if node.kwargs.get("inplace") is True or node.target in (operator.iadd, operator.imul, operator.isub):
         return True
     name = function_name(node)

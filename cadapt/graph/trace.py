@@ -21,7 +21,7 @@ from torch import fx, nn
 from cadapt.errors import CadaptError
 from cadapt.graph.convs import is_conv
 from cadapt.graph.modes import is_mode, reads_training, unite_modes
-from cadapt.graph.operators import MIXERS, is_closed
+from cadapt.graph.operators import MIXERS, is_closed, mutates_input
 from cadapt.meta import meta_copy
 
 _ALWAYS_LEAVES = (*MIXERS, nn.modules.batchnorm._BatchNorm)
@@ -113,6 +113,7 @@ def trace(model: nn.Module) -> fx.Graph:
             culprit = unite_modes(graph, other)
             if culprit is None:
                 _drop_default_arguments(graph)
+                _thread_mutations(graph, model)
                 _require_no_constants(graph, model)
                 return graph
             reason = "its graph in train mode is another than in eval mode"
@@ -122,6 +123,21 @@ def trace(model: nn.Module) -> fx.Graph:
         if culprit is None or culprit in closed or culprit is type(model):
             raise CadaptError(f"cannot trace {name}: {reason}") from (failed.error if failed else None)
         closed |= {culprit}
+
+
+def _thread_mutations(graph: fx.Graph, model: nn.Module) -> None:
+    """Let whatever reads a tensor after it was overwritten read what overwrote it: the same memory, now in the graph.
+
+    A call for its effect alone (``y.add_(x)`` and then ``y``) would otherwise not be seen by who follows the edges.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        opened = node.op != "call_module" or not is_closed(model.get_submodule(str(node.target)))
+        if opened and node.all_input_nodes and mutates_input(node, model):
+            overwritten = node.all_input_nodes[0]
+            later = [user for user in overwritten.users if order[user] > order[node]]
+            for user in later:
+                user.replace_input_with(overwritten, node)
 
 
 def _require_no_constants(graph: fx.Graph, model: nn.Module) -> None:

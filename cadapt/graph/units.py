@@ -60,7 +60,7 @@ def find_units(
     for node in reversed(graph.nodes):
         if node in taken or attending & stack_of(node).keys():
             continue
-        unit = _linear_merge(node, scopes, dominators)
+        unit = _linear_merge(node, model, scopes, dominators)
         if unit is not None:
             units.append(unit)
             taken.update(unit.nodes)
@@ -135,7 +135,9 @@ def _convs_in(module: nn.Module) -> list[Conv]:
     return [conv for child in module.children() for conv in _convs_in(child)]
 
 
-def _linear_merge(end: fx.Node, scopes: Mapping[str, Scope], dominators: Mapping[fx.Node, fx.Node]) -> Unit | None:
+def _linear_merge(
+    end: fx.Node, model: nn.Module, scopes: Mapping[str, Scope], dominators: Mapping[fx.Node, fx.Node]
+) -> Unit | None:
     """The unit that a sum or a concatenation of parallel convs closes, if it closes one."""
     concatenates = function_name(end) in CONCATENATIONS
     if end not in dominators or not (is_add(end) or concatenates):
@@ -144,7 +146,7 @@ def _linear_merge(end: fx.Node, scopes: Mapping[str, Scope], dominators: Mapping
     while shape_of(start) is None and start in dominators:  # the chunks of a tensor, which is what is read
         start = dominators[start]
     nodes = between(start, end)
-    if any(traits_of(node).bends or traits_of(node).normalises or _turns(node) for node in nodes):
+    if not all(_is_linear_map(node, model) for node in nodes) or any(_turns(node) for node in nodes):
         return None
     convs = [conv for node in nodes if (conv := traits_of(node).conv) is not None and conv.is_wide]
     if not convs or not is_functional(start, end) or _leaks(nodes, end):
@@ -166,6 +168,24 @@ def _linear_merge(end: fx.Node, scopes: Mapping[str, Scope], dominators: Mapping
         output=end,
         nodes=tuple(nodes),
     )
+
+
+_LINEAR_FUNCTIONS = CONCATENATIONS | {
+    "add", "iadd", "add_", "sub", "mul", "neg", "truediv", "split", "chunk", "getitem", "clone", "contiguous",
+    "avg_pool2d", "sum",
+}  # fmt: skip
+_LINEAR_MODULES = (nn.modules.batchnorm._BatchNorm, nn.Identity, nn.modules.dropout._DropoutNd, nn.AvgPool2d)
+
+
+def _is_linear_map(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node is known to be a linear map of its input, batch norms taken for frozen."""
+    traits = traits_of(node)
+    if traits.bends or traits.normalises:
+        return False
+    module = module_of(node, model)
+    if module is None:
+        return function_name(node) in _LINEAR_FUNCTIONS or shape_of(node) is None
+    return traits.conv is not None or isinstance(module, _LINEAR_MODULES) or "DropPath" in type(module).__name__
 
 
 def _leaks(nodes: Sequence[fx.Node], end: fx.Node) -> bool:

@@ -25,6 +25,7 @@ from cadapt.merging.measure import (
 )
 from cadapt.merging.report import SiteMerge
 from cadapt.plan import Insertion
+from cadapt.site import Site
 
 BOUND_FP64 = 1e-12
 # rounding a conv's thousands of sums differently shows at 1e-6; more would be a weight that fp32 cannot hold
@@ -53,11 +54,18 @@ def decide(insertion: Insertion, adapter: nn.Module, layer: nn.Module | None, ob
         layer: the base's module at its site, likewise; None where the site is no module.
         obstacle: why the layer must not be changed, whatever the scheme's rule says.
     """
+    if layer is not None and not _is_whole(insertion.site, layer):
+        layer = None
     outcome = Refusal(reason=obstacle) if obstacle else _apply_rule(insertion, adapter, layer)
     if isinstance(outcome, MergedLayer):
         assert layer is not None
         return _fold(insertion, adapter, layer, outcome)
     return _simplify(insertion, adapter, layer, outcome.reason)
+
+
+def _is_whole(site: Site, layer: nn.Module) -> bool:
+    """Whether the module at a site's path is all that its adapter stands beside, and not one conv of several."""
+    return site.kind not in ("conv", "downsample") or site.operator in ("", type(layer).__name__)
 
 
 def _apply_rule(insertion: Insertion, adapter: nn.Module, layer: nn.Module | None) -> MergedLayer | Refusal:
