@@ -75,7 +75,8 @@ class Grids:
                 width = shape[-1]
             elif 0 < len(before) <= 4 < len(shape) and width in (before[1:2] + before[-1:]):
                 return False
-            if function_name(node) in _REORDERING or _appends(node):
+            folded = bool(shape and before) and shape[0] != before[0]  # windows, counted with the batch
+            if folded or function_name(node) in _REORDERING or _appends(node):
                 return False
             turns += len(shape) == 3 and function_name(node) in _TURNS
             if rank == 3 == len(shape) and len(before) == 4:
