@@ -6,10 +6,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import timm
+import torch
+
+import cadapt
 from tests.zoo.census import architectures
 from tests.zoo.golden import read_golden, row_of, update_golden, updating
 from tests.zoo.stages import Sweep
@@ -29,10 +34,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=900.0, help="that one architecture may take")
     parser.add_argument("--report", action="store_true", help="only write the reports again")
     given = parser.parse_args(arguments)
-    sweep = Sweep(folder=given.out, jobs=given.jobs, limit_gb=given.memory, limit_seconds=given.seconds, say=_say)
+    # what another state of the code found says nothing of this one
+    sweep = Sweep(
+        folder=given.out / fingerprint(), jobs=given.jobs, limit_gb=given.memory, limit_seconds=given.seconds, say=_say
+    )
     if not given.report:
         run(sweep, chosen(given.only), STAGES if given.stage == "all" else (given.stage,))
     print(write_reports(sweep))
+
+
+def fingerprint() -> str:
+    """Eight digits of a hash of cadapt's sources, of the checks, and of the versions of torch and timm."""
+    digest = hashlib.sha256(f"{torch.__version__} {timm.__version__}".encode())
+    for package in (Path(cadapt.__file__).parent, Path(__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def chosen(globs: list[str]) -> list[str]:
