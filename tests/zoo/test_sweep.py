@@ -30,7 +30,7 @@ from tests.zoo.pool import run_pool
 from tests.zoo.setting import SCHEMES
 from tests.zoo.stages import Sweep
 from tests.zoo.summary import judge
-from tests.zoo.sweep import chosen, run, write_reports
+from tests.zoo.sweep import chosen, fingerprint, run, write_reports
 
 # so that all families together take half a minute
 _SITES_M, _NUMBERS_M = 30.0, 12.0
@@ -126,7 +126,7 @@ def test_the_whole_zoo(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("zoo") != "full":
         pytest.skip("--zoo full sweeps all architectures, for hours")
     default = request.config.rootpath / ".pytest_cache" / "zoo"
-    sweep = Sweep(folder=Path(os.environ.get("CADAPT_ZOO_OUT") or default), jobs=os.cpu_count() or 1)
+    sweep = Sweep(folder=Path(os.environ.get("CADAPT_ZOO_OUT") or default) / fingerprint(), jobs=os.cpu_count() or 1)
     run(sweep, chosen(["*"]))
     write_reports(sweep)
     stages = {stage: sweep.records(stage) for stage in ("sites", "numbers", "rebuild")}
