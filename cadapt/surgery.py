@@ -155,12 +155,21 @@ def _splice_head(graph: fx.Graph, base: nn.Module, adapters: nn.Module, head: He
     if several:
         adapters.add_module("head", nn.Module())
     for index, path in enumerate(head.paths):
-        calls = [node for node in graph.nodes if node.op == "call_module" and node.target == path]
+        called, calls = _calls_of(graph, path)
         shape = shape_of(calls[0].all_input_nodes[0]) if calls else None
         if shape is None:
             raise CadaptError(f"the classifier '{path}' is not called by itself: a head cannot stand in for it")
         target = f"head.{index}" if several else "head"
-        build = partial(build_head, base.get_submodule(path), head, shape=shape[1:])
+        build = partial(build_head, base.get_submodule(called), head, shape=shape[1:])
         adapters.set_submodule(target, _build_like(build, _seed_of(head.seed, target), base))
         for node in calls:
             node.target = f"{ADAPTERS}.{target}"
+
+
+def _calls_of(graph: fx.Graph, path: str) -> tuple[str, list[fx.Node]]:
+    """The calls of a module, or of the one around it that was not traced through: a pool with nothing behind it."""
+    calls: list[fx.Node] = []
+    while path and not calls:
+        calls = [node for node in graph.nodes if node.op == "call_module" and node.target == path]
+        path = path if calls else path.rpartition(".")[0]
+    return path, calls

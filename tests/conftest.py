@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--zoo",
         default="sample",
-        help="Real models: a sample; full (every architecture that belongs, and 15 at 224 px); or some of the 15 by name.",
+        help="Real models: sample, full (every architecture, and 15 at 224 px), or some of the 15 by name.",
     )
 
 
