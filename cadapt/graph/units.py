@@ -28,6 +28,9 @@ from cadapt.graph.residual import Residual
 from cadapt.graph.scopes import Scope, plain_path, stack_of
 from cadapt.graph.traits import traits_of
 
+# a strided conv leaves one place of a map no larger; from a larger one only a conv over the whole of it does
+_SMALLEST_MAP = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
@@ -96,9 +99,24 @@ def attention_scopes(scopes: Mapping[str, Scope], closing: Container[fx.Node]) -
 
 
 def is_functional(start: fx.Node, end: fx.Node) -> bool:
-    """Whether a conv between two tensors works from a map to a map."""
-    shapes = [shape_of(start), shape_of(end)]
-    return all(shape is not None and len(shape) == 4 and max(shape[2:]) > 1 for shape in shapes)
+    """Whether a conv between two tensors works from map to map: not on what was pooled, nor as a classifier does."""
+    before, after = shape_of(start), shape_of(end)
+    if before is None or after is None or not len(before) == len(after) == 4:
+        return False
+    if max(before[2:]) > 1:
+        return max(after[2:]) > 1 or max(before[2:]) <= _SMALLEST_MAP
+    return not _is_pooled(start)
+
+
+def _is_pooled(node: fx.Node) -> bool:
+    """Whether a 1×1 map is a pooled one, and not what strided convs left of a small picture."""
+    while len(sources_of(node)) == 1:
+        source = sources_of(node)[0]
+        before = shape_of(source) or ()
+        if len(before) != 4 or max(before[2:]) > 1:
+            return traits_of(node).conv is None or len(before) != 4 or max(before[2:]) > _SMALLEST_MAP
+        node = source
+    return False
 
 
 def _single(node: fx.Node, model: nn.Module) -> Unit | None:
