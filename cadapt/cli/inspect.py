@@ -47,6 +47,8 @@ def command(
     if any(mark in target for mark in "*?["):
         if sites:
             raise UsageError("--sites lists those of one model", hint="cadapt inspect MODEL --sites")
+        if backbone is not None:
+            raise UsageError("--backbone names the model of a checkpoint", hint="cadapt inspect FILE --backbone MODEL")
         _inspect_glob(target, img_size=img_size, as_json=as_json, quiet=quiet)
         return
     _inspect_model(target, sites=sites, img_size=img_size, as_json=as_json, quiet=quiet)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -88,6 +88,10 @@ class Anatomy:
             stride=stride,
             call=call,
         )
+
+    def activation(self, nodes: Iterable[fx.Node]) -> str:
+        """The usual non-linearity among some nodes, else the model's."""
+        return usual_activation(nodes, self.model) or self.usual_activation
 
     def layout(self, start: fx.Node, nodes: Sequence[fx.Node]) -> Layout:
         """The layout of what nodes read; where they do not show it, by the picture's proportions."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from cadapt.graph.anatomy import Anatomy, Located
 from cadapt.graph.blocks import Block
 from cadapt.graph.convs import fit_grid
-from cadapt.graph.geometry import functional_conv, odd, usual_activation, window_of
+from cadapt.graph.geometry import functional_conv, odd, window_of
 from cadapt.graph.scopes import plain_path
 from cadapt.site import Site
 
@@ -53,7 +53,7 @@ def _described(anatomy: Anatomy, site: Site, block: Block) -> Site:
     """A block's or stage's site with what is known of its functional conv or its attention."""
     site = replace(
         site,
-        activation=usual_activation(block.scope.nodes, anatomy.model) or anatomy.usual_activation,
+        activation=anatomy.activation(block.scope.nodes),
         operator=block.operator,
         stage=anatomy.stage_of.get(block.scope.key),
     )

@@ -12,7 +12,7 @@ from cadapt.graph.anatomy import Anatomy, Located
 from cadapt.graph.blocks import Block
 from cadapt.graph.crossing import Crossings
 from cadapt.graph.flow import sources_of
-from cadapt.graph.geometry import usual_activation, window_of
+from cadapt.graph.geometry import window_of
 from cadapt.graph.operators import function_name, is_attention, is_linear, is_norm, module_of
 from cadapt.graph.residual import Residual
 from cadapt.graph.scopes import Scope, plain_path, stack_of
@@ -107,7 +107,7 @@ def _branch_site(
     if site is None:
         return None
     window = window_of(residual, site.grid, anatomy.usual_window) if kind == "attention" else None
-    activation = usual_activation(block.scope.nodes, anatomy.model) or anatomy.usual_activation
+    activation = anatomy.activation(block.scope.nodes)
     padding = (window[0] // 2, window[1] // 2) if window else (0, 0)
     site = replace(site, kernel=window, padding=padding, activation=activation, stage=anatomy.stage_of[block.scope.key])
     return Located(site=site, input=start, output=end)

@@ -12,7 +12,6 @@ from cadapt.graph.anatomy import Anatomy, Located
 from cadapt.graph.blocks import Block
 from cadapt.graph.convs import conv_of
 from cadapt.graph.flow import sources_of
-from cadapt.graph.geometry import usual_activation
 from cadapt.graph.operators import module_of, shape_of
 from cadapt.graph.units import Unit, call_of
 from cadapt.site import Layout
@@ -50,7 +49,7 @@ def _conv_site(
         padding=unit.conv.padding,
         dilation=unit.conv.dilation,
         groups=unit.conv.groups,
-        activation=usual_activation(around, anatomy.model) or anatomy.usual_activation,
+        activation=anatomy.activation(around),
         operator=unit.operator,
         stage=stage,
     )

@@ -83,7 +83,7 @@ class Crossings:
     def _exit(self, outputs: list[fx.Node], inside: Collection[fx.Node], mixers: list[fx.Node]) -> fx.Node | None:
         """The output that the others are made from, else the last layer inside with what follows it in a line."""
         first = min(outputs, key=self.order.__getitem__)
-        if not mixers or any(node not in _ancestors(mixers[-1]) for node in mixers[:-1]):
+        if not mixers or not set(mixers[:-1]) <= _ancestors(mixers[-1]):
             return None
         if mixers[-1] in {first, *_ancestors(first)} and all(first in {node, *_ancestors(node)} for node in outputs):
             return first

@@ -53,11 +53,12 @@ class Grids:
         if len(shape) != 3 or shape[0] != self.batch or not (inside_branch or self._in_raster_order(node)):
             return None
         index = self.order[node]
-        before = reversed(self.nodes[:index])
-        near = sorted(self.nodes, key=lambda other: abs(self.order[other] - index))
-        # where tokens were pooled no map has their width: then the nearest of the right size
-        found = self._match(before, shape[1], shape[2]) or self._match(near, shape[1], None)
-        return found or self._pooled(index, shape[1])
+        found = self._match(reversed(self.nodes[:index]), shape[1], shape[2])
+        if found is None:
+            # where tokens were pooled no map has their width: then the nearest of the right size
+            near = sorted(self.nodes, key=lambda other: abs(self.order[other] - index))
+            found = self._match(near, shape[1], None) or self._pooled(index, shape[1])
+        return found
 
     def _in_raster_order(self, node: fx.Node) -> bool:
         """Whether places lie as on the map they come from: not cut into windows, turned, or with others before them.

@@ -160,7 +160,7 @@ _FRESH_FUNCTIONS = frozenset(
 
 def may_alias(node: fx.Node, model: nn.Module) -> bool:
     """Whether a node's output may share memory with its first input; said of everything not known to copy."""
-    if mutates_input(node, model):
+    if may_mutate_input(node, model):
         return True
     module = module_of(node, model)
     if module is not None:
@@ -168,13 +168,20 @@ def may_alias(node: fx.Node, model: nn.Module) -> bool:
     return function_name(node) not in _FRESH_FUNCTIONS
 
 
+def may_mutate_input(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node overwrites its first input, or is a module that was not opened and does inside what it likes."""
+    module = module_of(node, model)
+    return mutates_input(node, model) or (module is not None and is_closed(module))
+
+
 def mutates_input(node: fx.Node, model: nn.Module) -> bool:
     """Whether a node overwrites its first input: an in-place module, function, method or operator."""
     module = module_of(node, model)
     if module is not None:
-        # one that was not opened does inside what it likes
-        return is_closed(module) or (bool(getattr(module, "inplace", False)) and not is_norm(node, model))
+        return bool(getattr(module, "inplace", False)) and not is_norm(node, model)
     if node.kwargs.get("inplace") is True or node.target in (operator.iadd, operator.imul, operator.isub):
         return True
     name = function_name(node)
+    if _ACTIVATIONS.get(_key(name)) and any(value is True for value in node.args[1:]):
+        return True  # F.relu(x, True)
     return name.endswith("_") and not name.endswith("__")

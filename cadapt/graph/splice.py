@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from cadapt.graph.anatomy import Located
-from cadapt.graph.operators import may_alias, mutates_input
+from cadapt.graph.operators import may_alias, may_mutate_input
 from cadapt.plan import Form
 
 
@@ -63,7 +63,7 @@ class Splicer:
             for user in node.users:
                 if user in seen or not user.all_input_nodes or user.all_input_nodes[0] is not node:
                     continue
-                if mutates_input(user, self.model):
+                if may_mutate_input(user, self.model):
                     return True
                 if may_alias(user, self.model):
                     seen.add(user)

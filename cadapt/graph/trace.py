@@ -132,8 +132,7 @@ def _thread_mutations(graph: fx.Graph, model: nn.Module) -> None:
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        opened = node.op != "call_module" or not is_closed(model.get_submodule(str(node.target)))
-        if opened and node.all_input_nodes and mutates_input(node, model):
+        if node.all_input_nodes and mutates_input(node, model):
             overwritten = node.all_input_nodes[0]
             later = [user for user in overwritten.users if order[user] > order[node]]
             for user in later:

@@ -175,7 +175,7 @@ def _linear_merge(
     if holder and any(traits_of(node).mixes for node in set(scopes[holder].nodes) - set(nodes)):
         holder = None
     main = widest(convs)
-    named = max(nodes, key=lambda node: _width(node))
+    named = max(nodes, key=_width)
     path = plain_path(holder) if holder else str(named.target)
     return Unit(
         path=path,

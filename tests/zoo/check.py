@@ -26,6 +26,7 @@ from tests.zoo.census import family_of, kind_of, make_on_meta
 from tests.zoo.digest import digest_of
 from tests.zoo.lively import calibrate, make_lively
 from tests.zoo.setting import SCHEMES, Setting, bare_backbone, choose_setting, count_adapters, make_plan
+from tests.zoo.wiring import compare_with_hooks
 
 SITE_KINDS = ("block", "conv", "downsample", "stage", "attention", "mlp", "linear")
 # a block whose paths are dropped for both pictures passes no gradient: then others are drawn
@@ -223,8 +224,10 @@ def _examine(model: AdaptedModel, backbone: Backbone, expected: _Expected) -> di
         problems.append(f"awake adapters move the logits by {effect}")
     silent, problem = _gradients(model, expected.images)
     problems += problem
+    hooked, problem = compare_with_hooks(model.eval(), backbone.model, expected.images)
+    problems += problem
     problems += _state_problems(model, backbone.model)
-    return {"problems": problems, "effect": effect, "silent": silent, "digest": digest}
+    return {"problems": problems, "effect": effect, "silent": silent, "hooked": hooked, "digest": digest}
 
 
 def _state_problems(model: AdaptedModel, base: nn.Module) -> list[str]:
