@@ -69,6 +69,7 @@ def test_where_all_fail_the_command_does(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_wrong_globs() -> None:
     check_refused(run("inspect", "efficentnet*"), 2, "no model matches 'efficentnet*'", hint="efficientnet*")
     check_refused(run("inspect", GLOB, "--sites"), 2, "--sites", hint="cadapt inspect MODEL --sites")
+    check_refused(run("inspect", GLOB, "--backbone", "resnet18"), 2, "--backbone", hint="cadapt inspect FILE")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")

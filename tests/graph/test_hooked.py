@@ -110,8 +110,24 @@ class Shared(nn.Module):
         return self.conv2(branch) + self.act2(x)
 
 
+class OverwritingByPosition(OverwritingBlock):
+    """The same by a function, told to overwrite by its second argument."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch = functional.relu(x, True)  # noqa: FBT003 - the very thing that is tested
+        branch = self.act2(self.conv1(branch))
+        return self.conv2(branch) + x
+
+
 @pytest.mark.parametrize("scheme", ["conv-par", "conv-seq", "res-par", "res-seq"])
-@pytest.mark.parametrize(("block", "check"), [(OverwritingBlock, assert_equal_in_training), (Shared, assert_equal)])
+@pytest.mark.parametrize(
+    ("block", "check"),
+    [
+        (OverwritingBlock, assert_equal_in_training),
+        (OverwritingByPosition, assert_equal_in_training),
+        (Shared, assert_equal),
+    ],
+)
 def test_inputs_that_are_overwritten(
     block: type[nn.Module], check: Callable[[cadapt.AdaptedModel, nn.Module], None], scheme: str
 ) -> None:

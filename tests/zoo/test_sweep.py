@@ -122,6 +122,24 @@ def test_the_check_sees_what_is_wrong(
     assert all(any(words in problem for problem in item["problems"]) for item in seen["schemes"].values())
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_check_sees_adapters_that_read_elsewhere(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter that is given something else is as silent at insertion as one that is right."""
+
+    def spoilt(*given: Any) -> AdaptedModel:
+        model = operate(*given)
+        delta = next(node for node in model.graph.nodes if str(node.target).startswith("adapters."))
+        source = delta.args[0]
+        with model.graph.inserting_before(delta):
+            delta.args = (model.graph.call_function(torch.neg, (source,)),)
+        model.__setstate__(model.__getstate__())
+        return model
+
+    monkeypatch.setattr(check, "operate", spoilt)
+    seen = check.check_numbers("test_resnet", check_sites("test_resnet")["schemes"])
+    assert any("hooks on the base differ" in problem for problem in seen["schemes"][scheme]["problems"])
+
+
 def test_the_whole_zoo(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("zoo") != "full":
         pytest.skip("--zoo full sweeps all architectures, for hours")
