@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import PurePath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from cadapt.errors import RefusedError
 from cadapt.kinds import check_kinds
@@ -17,7 +17,8 @@ from cadapt.site import Site
 
 PLAN_VERSION = 1
 
-Form = Literal["parallel", "sequential"]
+# bypass: parallel, and joined behind the layer scale that closes a branch, before its drop-path
+Form = Literal["parallel", "sequential", "bypass"]
 BnPolicy = Literal["frozen", "train"]
 BaseSource = Literal["pretrained", "checkpoint", "random", "given"]
 Json = Any
@@ -84,7 +85,9 @@ class Plan:
     """Everything that turns a base into the adapted model.
 
     ``scheme`` and ``settings`` are as the user gave them. ``trainable`` names the base's own tensors that the
-    scheme trains (none for an adapter); adapters and head always train. ``seed`` initialises the adapters.
+    scheme trains (none for an adapter); adapters and head always train. ``deltas`` names base tensors that the task
+    adds a learned difference to, which starts at zero; a name may be that of a bias which the base's layer lacks.
+    ``seed`` initialises the adapters.
     """
 
     base: Base
@@ -92,6 +95,7 @@ class Plan:
     settings: Mapping[str, Json] = field(default_factory=dict)
     insertions: tuple[Insertion, ...] = ()
     trainable: tuple[str, ...] = ()
+    deltas: tuple[str, ...] = ()
     head: Head | None = None
     bn_policy: BnPolicy = "frozen"
     seed: int = 0
@@ -119,6 +123,7 @@ class Plan:
         values["head"] = _read_head(record.get("head"))
         values["insertions"] = tuple(_read_insertion(item) for item in _list(record, "insertions"))
         values["trainable"] = tuple(_list(record, "trainable"))
+        values["deltas"] = tuple(_list(record, "deltas"))
         return _in_range(_construct(cls, values))
 
 
@@ -190,6 +195,6 @@ def _read_insertion(record: object) -> Insertion:
         raise RefusedError(f"damaged plan: not an insertion: {record!r:.120}")
     values = _known(Insertion, record)
     values["site"] = Site.from_json(record["site"])
-    if values.get("form") not in ("parallel", "sequential"):
+    if values.get("form") not in get_args(Form):
         raise RefusedError(f"damaged plan: form {values.get('form')!r} at '{values['site'].name}'")
     return _construct(Insertion, values)

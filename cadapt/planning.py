@@ -6,17 +6,18 @@ A plan is a value; nothing is built here. :mod:`cadapt.surgery` carries it out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import fx
 
-from cadapt.adapters import SCHEMES, Placement, Scheme, get_scheme
+from cadapt.adapters import SCHEMES, BaseTensor, Placement, Scheme, configure, get_schemes
 from cadapt.backbone import Backbone
 from cadapt.classifiers import backbone_tensors, classifier_paths
 from cadapt.errors import CadaptError, UsageError
 from cadapt.graph.anatomy import Located
+from cadapt.graph.shift import Readers
 from cadapt.graph.sites import locate_sites
 from cadapt.graph.trace import record_shapes, trace
 from cadapt.plan import Head, Insertion, Plan
@@ -25,10 +26,14 @@ from cadapt.site import Site
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """A traced base with its sites: what a plan is made from. ``located`` holds nodes of ``graph``."""
+    """A traced base with its sites: what a plan is made from.
+
+    ``located`` holds nodes of ``graph``; ``tensors`` are those that the graph reads, the classifier's left out.
+    """
 
     graph: fx.Graph
     located: tuple[Located, ...]
+    tensors: Mapping[str, BaseTensor] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -40,7 +45,19 @@ def survey(backbone: Backbone) -> Survey:
     """Trace a base at its input size and find its sites."""
     graph = trace(backbone.model)
     record_shapes(graph, backbone.model, backbone.preprocessing.input_size)
-    return Survey(graph=graph, located=locate_sites(graph, backbone.model))
+    heads = classifier_paths(backbone.model)
+    located = locate_sites(graph, backbone.model)
+    tensors = {
+        name: BaseTensor(owner=type(backbone.model.get_submodule(_owner(name))).__name__, shape=shape)
+        for name, (shape, _) in Readers(graph, backbone.model).names.items()
+        if not name.startswith(tuple(f"{path}." for path in heads))
+    }
+    return Survey(
+        graph=graph,
+        # the task's head stands in for the classifier
+        located=tuple(item for item in located if not (item.site.kind == "layer" and item.site.path in heads)),
+        tensors=tensors,
+    )
 
 
 def plan_insertions(
@@ -68,26 +85,33 @@ def plan_insertions(
         UsageError: an unknown scheme or setting, globs that leave nothing, a setting that does not fit a site.
         CadaptError: the base has nothing to adapt under this scheme; says why and which schemes fit.
     """
-    method = get_scheme(scheme)
-    config = method.configure(dict(settings or {}))
-    sites = () if not method.places_modules else (surveyed or survey(backbone)).sites
-    placements = method.select(sites, config)
-    if method.places_modules and not placements:
-        raise _nothing_to_adapt(backbone, method, sites)
-    chosen = _filter(placements, include, exclude)
-    for placement in chosen:
-        reason = method.fits(placement.site, placement.form, config)
-        if reason is not None:
-            raise _misfit(method, placement, reason, config)
+    methods = get_schemes(scheme)
+    configs = configure(methods, dict(settings or {}))
+    found = surveyed or survey(backbone)
+    chosen = [method.select(found.sites, config) for method, config in zip(methods, configs, strict=True)]
+    changed = [method.changes(found.tensors) for method in methods]
+    for method, placements, names in zip(methods, chosen, changed, strict=True):
+        if method.needs and not placements and not names:
+            raise _nothing_to_adapt(backbone, method, found)
+    paths = [item.site.path for placements in chosen for item in placements]
+    wanted = _filter([*paths, *(_owner(name) for names in changed for name in names)], include, exclude)
+    insertions = []
+    for method, config, placements in zip(methods, configs, chosen, strict=True):
+        for item in placements:
+            if item.site.path not in wanted:
+                continue
+            reason = method.fits(item.site, item.form, config)
+            if reason is not None:
+                raise _misfit(method, item, reason, config)
+            insertions.append(Insertion(site=item.site, scheme=method.name, form=item.form, config=asdict(config)))
     return Plan(
         base=backbone.base,
         scheme=scheme,
         settings=_given(settings, include, exclude),
-        insertions=tuple(
-            Insertion(site=item.site, scheme=scheme, form=item.form, config=asdict(config)) for item in chosen
-        ),
-        trainable=method.tunes(_own_parameters(backbone)),
-        bn_policy=method.bn_policy,
+        insertions=tuple(insertions),
+        trainable=tuple(name for method in methods for name in method.tunes(_own_parameters(backbone))),
+        deltas=tuple(dict.fromkeys(name for names in changed for name in names if _owner(name) in wanted)),
+        bn_policy="train" if any(method.bn_policy == "train" for method in methods) else "frozen",
         seed=seed,
     )
 
@@ -98,17 +122,15 @@ def _own_parameters(backbone: Backbone) -> Iterator[str]:
     yield from (name for name, _ in backbone.model.named_parameters() if name in backbone_names)
 
 
-def fitting_schemes(sites: Sequence[Site]) -> dict[str, str | None]:
-    """For every scheme, None where it can adapt a base with these sites under its defaults, else the reason why not."""
-    return {name: _why_not(method, sites) for name, method in SCHEMES.items()}
+def fitting_schemes(surveyed: Survey) -> dict[str, str | None]:
+    """For every scheme, None where it can adapt a surveyed base under its defaults, else the reason why not."""
+    return {name: _why_not(method, surveyed) for name, method in SCHEMES.items()}
 
 
-def _why_not(method: Scheme, sites: Sequence[Site]) -> str | None:
-    if not method.places_modules:
-        return None
+def _why_not(method: Scheme, surveyed: Survey) -> str | None:
     config = method.configure({})
-    placements = method.select(sites, config)
-    if not placements:
+    placements = method.select(surveyed.sites, config)
+    if method.needs and not placements and not method.changes(surveyed.tensors):
         return f"it has no {method.needs}"
     for item in placements:
         reason = method.fits(item.site, item.form, config)
@@ -117,8 +139,8 @@ def _why_not(method: Scheme, sites: Sequence[Site]) -> str | None:
     return None
 
 
-def _nothing_to_adapt(backbone: Backbone, method: Scheme, sites: Sequence[Site]) -> CadaptError:
-    fitting = [name for name, reason in fitting_schemes(sites).items() if reason is None]
+def _nothing_to_adapt(backbone: Backbone, method: Scheme, surveyed: Survey) -> CadaptError:
+    fitting = [name for name, reason in fitting_schemes(surveyed).items() if reason is None]
     return CadaptError(
         f"{backbone.base.name} has nothing to adapt under {method.name}: it has no {method.needs}",
         hint=f"schemes that fit it: {', '.join(fitting)}",
@@ -132,19 +154,26 @@ def _misfit(method: Scheme, placement: Placement, reason: str, config: Any) -> U
     return UsageError(f"cannot put {method.name} at '{placement.site.name}': {reason}", hint=hint)
 
 
-def _filter(placements: Sequence[Placement], include: Sequence[str], exclude: Sequence[str]) -> tuple[Placement, ...]:
-    def wanted(path: str) -> bool:
+def _filter(paths: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> set[str]:
+    """The paths that the globs leave."""
+
+    def is_wanted(path: str) -> bool:
         taken = not include or any(fnmatchcase(path, glob) for glob in include)
         return taken and not any(fnmatchcase(path, glob) for glob in exclude)
 
     for glob in (*include, *exclude):
-        if not any(fnmatchcase(item.site.path, glob) for item in placements):
-            known = ", ".join(item.site.path for item in placements[:4])
+        if not any(fnmatchcase(path, glob) for path in paths):
+            known = ", ".join(paths[:4])
             raise UsageError(f"no site matches '{glob}'", hint=f"the sites are {known} …: cadapt inspect --sites")
-    chosen = tuple(item for item in placements if wanted(item.site.path))
-    if placements and not chosen:
+    wanted = {path for path in paths if is_wanted(path)}
+    if paths and not wanted:
         raise UsageError("--include and --exclude leave no site to adapt")
-    return chosen
+    return wanted
+
+
+def _owner(tensor: str) -> str:
+    """The path of the layer that a tensor belongs to."""
+    return tensor.rpartition(".")[0]
 
 
 def _given(settings: Mapping[str, Any] | None, include: Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 from cadapt.errors import RefusedError
 from cadapt.kinds import check_kinds
 
-SiteKind = Literal["block", "conv", "downsample", "stage", "attention", "mlp", "linear", "input", "head"]
+SiteKind = Literal["block", "conv", "downsample", "stage", "attention", "mlp", "linear", "layer", "input", "head"]
 Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
 Pair = tuple[int, int]
 
@@ -30,6 +30,7 @@ class Site:
     ``kernel``, ``stride``, ``padding`` and ``dilation`` are those of the adapted component: for a block the kernel
     is that of its functional conv (or its attention window) and the stride is that from its input to its output;
     ``kernel`` is None where nothing inside has one (pooling, global attention, an MLP).
+    A ``layer`` is any convolution, linear layer or norm, and ``input`` the picture, whose path is empty.
     ``padding`` is ``"same"`` where the base pads at run time by TensorFlow's rule. ``activation`` is the base's own
     non-linearity at this place by timm's name. ``call`` counts the uses of a module that is called more than once.
     """
@@ -54,8 +55,9 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The path, with the call where a shared module is meant: ``layer1.0.conv2`` or ``neck.conv@1``."""
-        return self.path if self.call == 0 else f"{self.path}@{self.call}"
+        """The path, with the call where a shared module is meant: ``layer1.0.conv2``, ``neck.conv@1`` or ``input``."""
+        path = self.path or self.kind
+        return path if self.call == 0 else f"{path}@{self.call}"
 
     @property
     def in_channels(self) -> int:

@@ -21,6 +21,7 @@ from cadapt.backbone import Backbone
 from cadapt.errors import CadaptError, RefusedError, UsageError
 from cadapt.graph.anatomy import Located
 from cadapt.graph.operators import shape_of
+from cadapt.graph.shift import Readers
 from cadapt.graph.splice import Splicer
 from cadapt.head import build_head
 from cadapt.plan import Head, Insertion, Plan
@@ -50,9 +51,10 @@ def operate(backbone: Backbone, plan: Plan, surveyed: Survey | None = None) -> A
     for insertion in plan.insertions:
         item = _match(insertion, located, plan)
         target = _attach(adapters, insertion, _make_adapter(insertion, plan, base))
-        splicer.join(replace(item, input=values[item.input], output=values[item.output]), target, insertion.form)
+        splicer.join(_copied(item, values), target, insertion.form)
     if plan.head is not None:
         _splice_head(graph, base, adapters, plan.head)
+    _splice_deltas(graph, base, adapters, plan)
     model = AdaptedModel(
         base,
         base_graph=_copy_graph(found.graph, {}),
@@ -62,6 +64,29 @@ def operate(backbone: Backbone, plan: Plan, surveyed: Survey | None = None) -> A
         preprocessing=backbone.preprocessing,
     )
     return model
+
+
+def _copied(item: Located, values: Mapping[fx.Node, fx.Node]) -> Located:
+    joint = None if item.joint is None else values[item.joint]
+    return replace(item, input=values[item.input], output=values[item.output], joint=joint)
+
+
+def _splice_deltas(graph: fx.Graph, base: nn.Module, adapters: nn.Module, plan: Plan) -> None:
+    """Hang a zero difference for each base tensor of the plan under ``adapters.delta`` and let the graph add it."""
+    if not plan.deltas:
+        return
+    group = nn.Module()
+    adapters.add_module("delta", group)
+    readers = Readers(graph, base)
+    targets = {}
+    for name in plan.deltas:
+        if name not in readers.names:
+            raise RefusedError(f"{plan.base.name} has no tensor '{name}' to change")
+        shape, like = readers.names[name]
+        key = name.replace(".", "__")
+        group.register_parameter(key, nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)))
+        targets[name] = f"{ADAPTERS}.delta.{key}"
+    readers.shift(targets)
 
 
 # what a site is called by, not what an adapter there computes
@@ -145,7 +170,7 @@ def adapter_path(insertion: Insertion) -> str:
 def adapter_name(site: Site) -> str:
     """A site's name as a module name, which has no dots: ``layer1__0__conv2``."""
     name = site.path.replace(".", "__")
-    name = name if site.kind in ("block", "conv", "linear") else f"{name}__{site.kind}"
+    name = name if site.kind in ("block", "conv", "linear") else f"{name}__{site.kind}".removeprefix("__")
     return name if site.call == 0 else f"{name}__call{site.call}"
 
 

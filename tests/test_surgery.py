@@ -97,7 +97,7 @@ def test_a_net_that_is_all_stem_is_refused_with_what_fits(scheme: str) -> None:
     assert caught.value.exit_code == 1
     assert f"nothing to adapt under {scheme}: it has no" in caught.value.message
     assert "conv" in caught.value.message
-    reasons = fitting_schemes(sites.sites)
+    reasons = fitting_schemes(sites)
     fitting = [name for name, reason in reasons.items() if reason is None]
     assert {"linear", "full"} <= set(fitting)
     assert str(caught.value.hint) == f"schemes that fit it: {', '.join(fitting)}"
@@ -106,7 +106,7 @@ def test_a_net_that_is_all_stem_is_refused_with_what_fits(scheme: str) -> None:
 def test_fitting_schemes_are_those_that_plan() -> None:
     for trait in ("plain", "dense", "windowed", "tokens"):
         backbone, sites = surveyed(trait)
-        for scheme, reason in fitting_schemes(sites.sites).items():
+        for scheme, reason in fitting_schemes(sites).items():
             assert scheme in SCHEMES
             if reason is None:
                 plan_insertions(backbone, scheme, surveyed=sites)
@@ -196,7 +196,7 @@ def test_names_of_adapters_do_not_collide() -> None:
     for trait in ("plain", "windowed", "layer-scaled", "reused"):
         for scheme in SCHEMES:
             backbone, sites = surveyed(trait)
-            if fitting_schemes(sites.sites)[scheme] is None:
+            if fitting_schemes(sites)[scheme] is None:
                 names = [
                     adapter_name(item.site) for item in plan_insertions(backbone, scheme, surveyed=sites).insertions
                 ]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from types import MappingProxyType
+from typing import Any
 
-from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme
+from cadapt.adapters.scheme import BaseTensor, MergedLayer, Placement, Refusal, Scheme
 from cadapt.errors import UsageError, close_matches
 
 
@@ -38,4 +40,55 @@ def get_scheme(name: str) -> Scheme:
     return SCHEMES[name]
 
 
-__all__ = ["SCHEMES", "MergedLayer", "Placement", "Refusal", "Scheme", "get_scheme"]
+def get_schemes(name: str) -> tuple[Scheme, ...]:
+    """Return the schemes that a name joins by ``+``: ``consolidator+bias+norm``.
+
+    Raises:
+        UsageError: a name is unknown, comes twice, or adds nothing to another.
+    """
+    parts = name.split("+")
+    methods = tuple(get_scheme(part) for part in parts)
+    for part in parts:
+        if parts.count(part) > 1:
+            raise UsageError(f"'{name}' names {part} twice")
+    if len(parts) > 1 and "full" in parts:
+        raise UsageError(f"full trains every tensor already: nothing adds to it in '{name}'", hint="--scheme full")
+    if len(parts) > 1 and "linear" in parts:
+        others = "+".join(part for part in parts if part != "linear")
+        raise UsageError(f"every scheme trains the head: linear adds nothing in '{name}'", hint=f"--scheme {others}")
+    return methods
+
+
+def configure(methods: Sequence[Scheme], settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Make the config of each of some schemes from settings for all of them.
+
+    A setting goes to every scheme that has it; ``lora.rank`` goes to that scheme alone.
+
+    Raises:
+        UsageError: as :meth:`Scheme.configure` says, or no scheme has a setting.
+    """
+    known = {method.name: {item.name for item in fields(method.config)} for method in methods}
+    given: dict[str, dict[str, Any]] = {method.name: {} for method in methods}
+    for key, value in settings.items():
+        scheme, _, name = key.rpartition(".")
+        takers = [item for item in known if scheme in ("", item) and (name in known[item] or len(known) == 1)]
+        if not takers:
+            choices = {name for names in known.values() for name in names}
+            tip = close_matches(name, choices) if choices else "they have none"
+            raise UsageError(f"{'+'.join(known)} has no setting '{key}'", hint=tip)
+        for taker in takers:
+            given[taker][name] = value
+    return tuple(method.configure(given[method.name]) for method in methods)
+
+
+__all__ = [
+    "SCHEMES",
+    "BaseTensor",
+    "MergedLayer",
+    "Placement",
+    "Refusal",
+    "Scheme",
+    "configure",
+    "get_scheme",
+    "get_schemes",
+]

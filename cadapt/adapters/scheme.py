@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -32,6 +32,14 @@ class MergedLayer:
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseTensor:
+    """A tensor of the base that a scheme may change by a learned difference: the class of its layer, and its shape."""
+
+    owner: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,10 @@ def _tune_nothing(names: Iterable[str]) -> tuple[str, ...]:
     return ()
 
 
+def _change_nothing(tensors: Mapping[str, BaseTensor]) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class NoSettings:
     """The config of a scheme that has none."""
@@ -73,8 +85,9 @@ class Scheme:
     ``select`` picks sites and forms; ``fits`` gives the reason why a config does not fit a site, or None; ``build``
     makes the module, a map from the site's input (parallel) or output (sequential) to its output; ``merge`` folds a
     trained one into the site's layer or refuses; ``simplify`` gives an equal module, and its config, that computes less
-    after training; ``tunes`` names the base's own tensors that train; ``needs`` says what a base must have, for the
-    refusal where nothing was selected.
+    after training; ``pack`` gives an equal module, and its config, that a file holds in fewer bytes; ``tunes`` names
+    the base's own tensors that train in their place, ``changes`` those that a learned difference is added to; ``needs``
+    says what a base must have, for the refusal where nothing was selected.
     """
 
     name: str
@@ -87,7 +100,9 @@ class Scheme:
     build: Callable[[Site, Form, Any], nn.Module] = _build_nothing
     merge: Callable[[Site, Form, nn.Module, nn.Module | None], MergedLayer | Refusal] = _no_merge
     tunes: Callable[[Iterable[str]], tuple[str, ...]] = _tune_nothing
+    changes: Callable[[Mapping[str, BaseTensor]], tuple[str, ...]] = _change_nothing
     simplify: Callable[[nn.Module, Any], tuple[nn.Module, Any]] | None = None
+    pack: Callable[[nn.Module, Any], tuple[nn.Module, Any]] | None = None
     bn_policy: BnPolicy = "frozen"
     places_modules: bool = True
 
@@ -114,6 +129,8 @@ def _read_value(scheme: str, name: str, value: Any, kind: Any) -> Any:
         if value in choices:
             return value
         raise UsageError(f"{scheme}: {name} is {value!r}, expected {' | '.join(choices)}")
+    if get_origin(kind) is tuple:
+        return _read_numbers(scheme, name, value)
     options = [item for item in (get_args(kind) or (kind,)) if item is not type(None)]
     if value is None or (isinstance(value, str) and value.lower() == "none"):
         if len(options) < len(get_args(kind)):
@@ -123,6 +140,15 @@ def _read_value(scheme: str, name: str, value: Any, kind: Any) -> Any:
         return _READERS[options[0]](value)
     except (ValueError, KeyError) as error:
         raise UsageError(f"{scheme}: {name} is {value!r}, expected {options[0].__name__}") from error
+
+
+def _read_numbers(scheme: str, name: str, value: Any) -> tuple[int, ...]:
+    """Whole numbers from a tuple, from JSON's list, or from text: ``384,192``."""
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    try:
+        return tuple(_read_int(item) for item in items)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{scheme}: {name} is {value!r}, expected whole numbers, as 384,192") from error
 
 
 def _read_bool(value: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import textwrap
 import warnings
 from collections import Counter, defaultdict
@@ -167,7 +168,7 @@ def _collecting_later() -> Iterator[None]:
 
 
 def _row(name: str, backbone: Backbone, surveyed: Survey) -> ArchitectureRow:
-    reasons = fitting_schemes(surveyed.sites)
+    reasons = fitting_schemes(surveyed)
     return ArchitectureRow(
         name=name,
         input_size=backbone.preprocessing.input_size,
@@ -189,6 +190,7 @@ def _scheme_row(backbone: Backbone, surveyed: Survey, scheme: str, reason: str |
     if plan.trainable:
         own = dict(backbone.model.named_parameters())
         trained += sum(own[name].numel() for name in plan.trainable)
+    trained += sum(math.prod(surveyed.tensors[name].shape) for name in plan.deltas)
     share = trained / max(1, backbone.base.parameters)
     return SchemeRow(name=scheme, sites=len(plan.insertions), parameters=trained, share=share, reason=None)
 

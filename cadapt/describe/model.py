@@ -83,7 +83,7 @@ def summarise(backbone: Backbone) -> ModelSummary:
     surveyed = survey(backbone)
     size = backbone.preprocessing.input_size
     plain = cost(backbone.model, size, training=False)
-    reasons = fitting_schemes(surveyed.sites)
+    reasons = fitting_schemes(surveyed)
     return ModelSummary(
         name=backbone.base.name,
         parameters=plain.parameters,

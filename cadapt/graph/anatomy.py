@@ -22,11 +22,16 @@ from cadapt.site import Layout, Site, SiteKind
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """A site, and the nodes of one trace between which it lies."""
+    """A site, and the nodes of one trace between which it lies.
+
+    ``joint`` is where a bypass joins: behind the layer scale that closes a branch, before its drop-path; None where
+    that is the output itself.
+    """
 
     site: Site
     input: fx.Node
     output: fx.Node
+    joint: fx.Node | None = None
 
 
 class Anatomy:

@@ -13,7 +13,7 @@ from cadapt.graph.blocks import Block
 from cadapt.graph.crossing import Crossings
 from cadapt.graph.flow import sources_of
 from cadapt.graph.geometry import window_of
-from cadapt.graph.operators import function_name, is_attention, is_linear, is_norm, module_of
+from cadapt.graph.operators import function_name, is_attention, is_linear, is_norm, module_of, shape_of
 from cadapt.graph.residual import Residual
 from cadapt.graph.scopes import Scope, plain_path, stack_of
 from cadapt.graph.traits import traits_of
@@ -40,17 +40,29 @@ def trim_branch(residual: Residual, model: nn.Module) -> tuple[fx.Node, fx.Node]
     if len(opening) == 1:
         start = opening[0]
     end = residual.branch_end
-    while end in inside and _is_closing(end, model):
+    while end in inside and (_drops(end, model) or _scales(end, model)):
         end = sources_of(end)[0]
     return start, end
 
 
-def _is_closing(node: fx.Node, model: nn.Module) -> bool:
+def joint_of(residual: Residual, model: nn.Module) -> fx.Node:
+    """What a branch gives before its drop-path: the end of its layer scale, where it has one."""
+    inside, end = set(residual.branch), residual.branch_end
+    while end in inside and _drops(end, model):
+        end = sources_of(end)[0]
+    return end
+
+
+def _drops(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node is a drop-path, a dropout or what stands in for one."""
     module = module_of(node, model)
-    if module is not None:
-        name = type(module).__name__.lower()
-        return isinstance(module, nn.Identity | nn.Dropout) or "droppath" in name or "layerscale" in name
-    # layer scale, traced to its multiplication by a parameter
+    return isinstance(module, nn.Identity | nn.Dropout) or "droppath" in type(module).__name__.lower()
+
+
+def _scales(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node is a layer scale: a module, or traced to its multiplication by a parameter."""
+    if module_of(node, model) is not None:
+        return "layerscale" in type(module_of(node, model)).__name__.lower()
     return (
         function_name(node) == "mul"
         and len(sources_of(node)) == 1
@@ -97,10 +109,14 @@ def branch_sites(anatomy: Anatomy) -> Iterable[Located]:
 def _branch_site(
     anatomy: Anatomy, kind: Literal["attention", "mlp"], block: Block, residual: Residual
 ) -> Located | None:
-    start, end = trim_branch(residual, anatomy.model)
+    trimmed = start, end = trim_branch(residual, anatomy.model)
     key = branch_call(kind, block, residual, anatomy.model)
     if kind == "attention":
         start, end = attention_span(residual, anatomy.scopes.get(key or ""), anatomy.crossings, anatomy.model)
+    # where attention is only a part of its branch, other layers come before the end of that
+    joint = joint_of(residual, anatomy.model) if (start, end) == trimmed else None
+    if joint is not None and shape_of(joint) != shape_of(end):
+        joint = None
     path = plain_path(key) if key else f"{block.scope.path}.{kind}"
     layout = anatomy.layout(start, residual.branch)
     site = anatomy.site(kind, path, block.scope.call, start, end, layout)
@@ -110,4 +126,4 @@ def _branch_site(
     activation = anatomy.activation(block.scope.nodes)
     padding = (window[0] // 2, window[1] // 2) if window else (0, 0)
     site = replace(site, kernel=window, padding=padding, activation=activation, stage=anatomy.stage_of[block.scope.key])
-    return Located(site=site, input=start, output=end)
+    return Located(site=site, input=start, output=end, joint=joint)

@@ -12,7 +12,7 @@ from cadapt.graph.anatomy import Anatomy, Located
 from cadapt.graph.blocks import Block
 from cadapt.graph.convs import conv_of
 from cadapt.graph.flow import sources_of
-from cadapt.graph.operators import module_of, shape_of
+from cadapt.graph.operators import function_name, shape_of
 from cadapt.graph.units import Unit, call_of
 from cadapt.site import Layout
 
@@ -67,13 +67,16 @@ def linear_sites(anatomy: Anatomy) -> Iterable[Located]:
 
 def _linear_site(anatomy: Anatomy, node: fx.Node, stage: int) -> Located | None:
     """A linear layer's or a 1×1 conv's site, where the node calls one on something that depends on the input."""
-    module, conv, sources = module_of(node, anatomy.model), conv_of(node, anatomy.model), sources_of(node)
+    path = owner_of(node, anatomy.model)
+    conv, sources = conv_of(node, anatomy.model), sources_of(node)
+    module = None if path is None else anatomy.model.get_submodule(path)
     layout: Layout = "NCHW"
     if isinstance(module, nn.Linear):
         layout = "NHWC" if len(shape_of(node) or ()) == 4 else "NLC"
     elif conv is None or conv.is_wide:
         return None
-    site = anatomy.site("linear", str(node.target), call_of(node), sources[0], node, layout) if sources else None
+    call = call_of(node) if node.op == "call_module" else 0
+    site = anatomy.site("linear", path or str(node.target), call, sources[0], node, layout) if sources else None
     if site is None:
         return None
     site = replace(
@@ -85,3 +88,14 @@ def _linear_site(anatomy: Anatomy, node: fx.Node, stage: int) -> Located | None:
         stage=stage,
     )
     return Located(site=site, input=sources[0], output=node)
+
+
+def owner_of(node: fx.Node, model: nn.Module) -> str | None:
+    """The path of the layer a node calls, or whose weight it multiplies with itself (Swin-v2's qkv)."""
+    if node.op == "call_module":
+        return str(node.target)
+    if function_name(node) != "linear":
+        return None
+    weights = [item for item in node.all_input_nodes if item.op == "get_attr" and str(item.target).endswith(".weight")]
+    paths = [str(item.target).removesuffix(".weight") for item in weights]
+    return next((path for path in paths if isinstance(model.get_submodule(path), nn.Linear)), None)

@@ -12,6 +12,7 @@ from cadapt.graph.anatomy import Anatomy, Located
 from cadapt.graph.block_sites import block_sites, stage_sites
 from cadapt.graph.branches import branch_sites
 from cadapt.graph.conv_sites import conv_sites, linear_sites
+from cadapt.graph.layer_sites import input_sites, layer_sites
 from cadapt.site import Site
 
 
@@ -23,7 +24,7 @@ def locate_sites(graph: fx.Graph, model: nn.Module) -> tuple[Located, ...]:
         model: the model, for the settings of its modules; it is not run.
     """
     anatomy = Anatomy(graph, model)
-    kinds = (block_sites, conv_sites, stage_sites, branch_sites, linear_sites)
+    kinds = (block_sites, conv_sites, stage_sites, branch_sites, linear_sites, input_sites, layer_sites)
     found = [located for sites_of_kind in kinds for located in sites_of_kind(anatomy)]
     return tuple(sorted(found, key=lambda item: (anatomy.order[item.output], item.site.kind)))
 

@@ -1,7 +1,8 @@
 """Splicing: adding calls of new modules to a traced graph, and joining what they give with what was there.
 
 Nothing of the base is moved or renamed. A parallel call reads what its site reads; a sequential one reads what its
-site gives; both are added to the site's output, and whatever used that output uses the sum.
+site gives; both are added to the site's output, and whatever used that output uses the sum. A bypass is a parallel call
+that is added at the end of the site's branch instead.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ class Splicer:
         Args:
             located: the site with its nodes in this graph.
             target: the path, from the root, of the module to call.
-            form: ``parallel`` (Δ of the site's input) or ``sequential`` (Δ of the site's output).
+            form: ``parallel`` (Δ of the site's input), ``sequential`` (Δ of the site's output) or ``bypass`` (Δ of the
+                input, added behind the branch's layer scale).
         """
-        output = self._current(located.output)
+        joint = located.joint if form == "bypass" and located.joint is not None else located.output
+        output = self._current(joint)
         with self.graph.inserting_after(output):
             total = self.graph.call_function(torch.add, (output,))
         # a sequential call needs no copy: what overwrites the output afterwards overwrites the sum in its place

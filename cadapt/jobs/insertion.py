@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cadapt.adapted import AdaptedModel
-from cadapt.adapters import get_scheme
+from cadapt.adapters import configure, get_schemes
 from cadapt.backbone import Backbone, check_architecture, load_backbone
 from cadapt.bundle import bundle_bytes, load_bundle
 from cadapt.errors import CadaptError
@@ -63,7 +63,7 @@ def insert_into(
         UsageError: a name or a setting is not known, found before any weights are loaded.
         CadaptError: as :func:`cadapt.backbone.load_backbone` and :func:`cadapt.planning.plan_insertions` say.
     """
-    get_scheme(scheme).configure(settings)
+    configure(get_schemes(scheme), settings)
     check_architecture(architecture)
     backbone = load_backbone(architecture, checkpoint=checkpoint, pretrained=pretrained, seed=seed, img_size=img_size)
     surveyed = survey(backbone)

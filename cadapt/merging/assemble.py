@@ -60,11 +60,12 @@ def merge(
     _check(model, dtype, images)
     device = next(model.parameters()).device
     adapted = copy.deepcopy(model).cpu().double().eval()
-    base = _bare_base(adapted)
+    plain = _bare_base(adapted)
+    base = absorb_deltas(plain, adapted)
     surveyed = Survey(graph=adapted.base_graph, located=locate_sites(adapted.base_graph, base))
     decisions = _decide_all(adapted, base, surveyed)
     merged = _assemble(adapted, base, surveyed, decisions)
-    rows = _settle_biases(merged, base, decisions)
+    rows = _settle_biases(merged, plain, decisions, model.plan.deltas)
     batch = _batch(adapted, images)
     exact = _compare(adapted, merged, batch)
     _require_equal(exact, adapted)
@@ -72,7 +73,7 @@ def merge(
     merged.to(dtype)
     # what the scheme tuned of the base can still be switched off
     merged._pristine = {name: value.to(dtype) for name, value in adapted._pristine.items()}
-    if any(row.status == "exact" for row in rows):
+    if model.plan.deltas or any(row.status == "exact" for row in rows):
         merged.plan = replace(merged.plan, base=_identify(merged))
     rounded = _compare(adapted.to(dtype), merged, batch.to(dtype))
     end_to_end = EndToEnd(
@@ -110,6 +111,23 @@ def _bare_base(model: AdaptedModel) -> nn.Module:
     return base.eval()
 
 
+@torch.no_grad()
+def absorb_deltas(base: nn.Module, adapted: AdaptedModel) -> nn.Module:
+    """A copy of the base with the task's differences added to its tensors, and with the biases that are new."""
+    if not adapted.plan.deltas:
+        return base
+    changed = copy.deepcopy(base)
+    group = adapted.get_submodule(f"{ADAPTERS}.delta")
+    for name in adapted.plan.deltas:
+        owner, _, leaf = name.rpartition(".")
+        delta = group.get_parameter(name.replace(".", "__")).detach()
+        layer = changed.get_submodule(owner)
+        own = getattr(layer, leaf)
+        total = delta.clone() if own is None else own + delta
+        setattr(layer, leaf, nn.Parameter(total, requires_grad=False))
+    return changed
+
+
 def _decide_all(model: AdaptedModel, base: nn.Module, surveyed: Survey) -> tuple[Decision, ...]:
     """Decide the adapters in the order in which they were joined, each on the layer the ones before it left."""
     modules = dict(base.named_modules(remove_duplicate=False))
@@ -137,7 +155,7 @@ def _decide_all(model: AdaptedModel, base: nn.Module, surveyed: Survey) -> tuple
 def _assemble(model: AdaptedModel, base: nn.Module, surveyed: Survey, decisions: Sequence[Decision]) -> AdaptedModel:
     """Operate by the plan that is left, then give the layers and adapters their values."""
     staying = [decision for decision in decisions if decision.layer is None]
-    plan = replace(model.plan, insertions=tuple(decision.insertion for decision in staying))
+    plan = replace(model.plan, insertions=tuple(decision.insertion for decision in staying), deltas=())
     backbone = Backbone(model=base, base=plan.base, preprocessing=model.preprocessing)
     merged = operate(backbone, plan, surveyed)
     for decision in decisions:
@@ -154,9 +172,12 @@ def _assemble(model: AdaptedModel, base: nn.Module, surveyed: Survey, decisions:
     return merged.eval()
 
 
-def _settle_biases(merged: AdaptedModel, base: nn.Module, decisions: Sequence[Decision]) -> tuple[SiteMerge, ...]:
+def _settle_biases(
+    merged: AdaptedModel, base: nn.Module, decisions: Sequence[Decision], deltas: Sequence[str]
+) -> tuple[SiteMerge, ...]:
     """Move biases that the base's layers had not to where they belong, and say so in the rows."""
     paths = [decision.insertion.site.path for decision in decisions if decision.layer is not None]
+    paths += [name.removesuffix(".bias") for name in deltas if name.endswith(".bias")]
     grown = {path for path in paths if _bias(base, path) is None and _bias(merged, path) is not None}
     notes = move_biases(merged, merged.graph, sorted(grown))
     rows = []
@@ -275,6 +296,15 @@ def _is_verified(rows: Sequence[SiteMerge], end_to_end: EndToEnd) -> bool:
 
 
 def _summary(model: AdaptedModel, rows: Sequence[SiteMerge]) -> str:
+    adapters = _summary_of_adapters(model, rows)
+    deltas = len(model.plan.deltas)
+    if not deltas:
+        return adapters
+    taken = f"{deltas} of the base's tensors take their differences up exactly"
+    return f"{adapters}; {taken}" if rows else taken
+
+
+def _summary_of_adapters(model: AdaptedModel, rows: Sequence[SiteMerge]) -> str:
     if not rows and model.plan.trainable:
         return "nothing to merge: the trained tensors are the base's own, so it is already one model"
     if not rows:

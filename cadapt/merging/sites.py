@@ -186,6 +186,8 @@ def find_obstacle(site_path: str, modules: Mapping[str, nn.Module], graph: fx.Gr
     reads = [node for node in graph.nodes if node.op == "get_attr" and str(node.target).startswith(f"{site_path}.")]
     if calls and reads:
         return f"the base reads the layer's {str(reads[0].target).rpartition('.')[2]} elsewhere as well"
+    if reads and isinstance(layer, nn.Linear):
+        return f"the base reads the layer's {str(reads[0].target).rpartition('.')[2]} without calling it"
     own = {id(parameter) for parameter in layer.parameters(recurse=False)}
     for path, module in modules.items():
         tied = any(id(parameter) in own for parameter in module.parameters(recurse=False))

@@ -19,7 +19,7 @@ REFUSED = [pytest.param(*case, id="-".join(case)) for case in ALL_CASES if isins
 def test_a_refusal_says_why_and_what_fits(trait: str, scheme: str) -> None:
     refusal = planned(trait, scheme)
     assert isinstance(refusal, CadaptError)
-    reasons = fitting_schemes(surveyed(trait)[1].sites)
+    reasons = fitting_schemes(surveyed(trait)[1])
     assert reasons[scheme]
     assert "\n" not in refusal.message
     assert scheme in refusal.message
