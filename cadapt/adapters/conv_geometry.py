@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cadapt.adapters.conv_settings import ConvAdapterConfig
+from cadapt.adapters.tokens import explain_grid
 from cadapt.plan import Form
 from cadapt.site import Pair, Site
 
@@ -96,14 +97,11 @@ def _reached_grid(grid: Pair, geometry: Geometry) -> Pair:
 
 def explain_misfit(site: Site, form: Form, config: ConvAdapterConfig) -> str | None:
     """Why a Conv-Adapter with these settings cannot stand at a site, or None where it can."""
-    grid, out_grid = input_grid(site, form), site.output_grid
-    if grid is None or out_grid is None:
-        if site.layout == "NLC":
-            return f"its {site.in_shape[0]} tokens lie on no grid that is known, so that no convolution could work"
-        return "it has no grid on which a convolution could work"
-    reason = _explain_tokens(site, form)
+    reason = explain_grid(site, form)
     if reason is not None:
         return reason
+    grid, out_grid = input_grid(site, form), site.output_grid
+    assert grid is not None and out_grid is not None, site.name
     if find_width(site, form, config) is None:
         channels = input_channels(site, form)
         gammas = [str(value) for value in (1, 2, 4, 8, 16, 32) if channels % value == 0]
@@ -118,20 +116,6 @@ def explain_misfit(site: Site, form: Form, config: ConvAdapterConfig) -> str | N
             f"a {_show(geometry.kernel)} kernel with stride {_show(geometry.stride)} takes its {_show(grid)} grid "
             f"to {_show(reached)}, not to {_show(out_grid)}"
         )
-    return None
-
-
-def _explain_tokens(site: Site, form: Form) -> str | None:
-    """Why the tokens that Δ reads or joins are not the prefix tokens and a grid, or None where they are."""
-    if site.layout != "NLC":
-        return None
-    sides = [("output", site.out_shape[0], site.output_grid)]
-    if form == "parallel":
-        sides.insert(0, ("input", site.in_shape[0], site.grid))
-    for name, tokens, grid in sides:
-        assert grid is not None, site.name
-        if tokens != site.prefix_tokens + grid[0] * grid[1]:
-            return f"its {name}'s {tokens} tokens are not {site.prefix_tokens} prefix tokens and a {_show(grid)} grid"
     return None
 
 
