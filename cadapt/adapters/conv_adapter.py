@@ -19,13 +19,16 @@ from cadapt.adapters.conv_geometry import (
     Geometry,
     explain_misfit,
     find_geometry,
+    find_pool,
     find_width,
     input_channels,
     input_grid,
+    reached_grid,
 )
 from cadapt.adapters.conv_merge import merge_conv_adapter
 from cadapt.adapters.conv_settings import ConvAdapterConfig
 from cadapt.adapters.scheme import Placement, Scheme
+from cadapt.adapters.tokens import from_map, to_map
 from cadapt.plan import Form
 from cadapt.site import Layout, Pair, Site
 
@@ -37,6 +40,9 @@ class ConvAdapter(nn.Module):
     tokens ``[B, P + H·W, C]`` here, the result is of that kind as well; ``grid`` is the tokens' (H, W). Of P
     ``prefix_tokens`` each goes through Δ alone, as a picture of one pixel, in which only the kernel's centre tap meets
     anything; so P of them come out, whatever the stride. Parameters: C_in·K² + w + w·C_out + 2·C_out for w = C_in / γ.
+
+    With ``pool`` over 1 maps are averaged over squares of that side first and Δ is brought back bilinearly to the size
+    it has without (the spatial down-sampling of table 5); prefix tokens are not pooled.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class ConvAdapter(nn.Module):
         layout: Layout = "NCHW",
         grid: Pair | None = None,
         prefix_tokens: int = 0,
+        pool: int = 1,
     ) -> None:
         super().__init__()
         # TensorFlow's rule pads by the picture's size; torch's own "same" is it for stride 1 only
@@ -71,31 +78,36 @@ class ConvAdapter(nn.Module):
         self.alpha = nn.Parameter(torch.full((1, out_channels, 1, 1), alpha)) if learn_alpha else None
         self.fixed_alpha = alpha
         self.layout, self.grid, self.prefix_tokens = layout, grid, prefix_tokens
+        self.pool, self.geometry = pool, geometry
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return Δ(x); shapes as the class says."""
         if self.layout == "NLC":
             return self._on_tokens(x)
         if self.layout == "NHWC":
-            return self._finish(self.depthwise(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        return self._finish(self.depthwise(x))
+            return self._on_map(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self._on_map(x)
+
+    def _on_map(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        if self.pool == 1:
+            return self._finish(self.depthwise(x_BCHW))
+        delta = self._finish(self.depthwise(nn.functional.avg_pool2d(x_BCHW, self.pool)))
+        size = reached_grid((x_BCHW.shape[2], x_BCHW.shape[3]), self.geometry)
+        return nn.functional.interpolate(delta, size=size, mode="bilinear", align_corners=False)
 
     def _on_tokens(self, x_BNC: torch.Tensor) -> torch.Tensor:
         """Δ of the grid's tokens on their map and of the prefix tokens one by one, in the order they came in."""
-        assert self.grid is not None
-        x_BCN = x_BNC.transpose(1, 2)
-        prefix, tokens = x_BCN[:, :, : self.prefix_tokens], x_BCN[:, :, self.prefix_tokens :]
-        hidden: torch.Tensor = self.depthwise(torch.unflatten(tokens, 2, self.grid)).flatten(2)
-        if self.prefix_tokens:
-            hidden = torch.cat((self._centre(prefix), hidden), dim=2)
-        return self._finish(hidden.unsqueeze(3)).squeeze(3).transpose(1, 2)
+        map_BCHW, prefix_BCP1 = to_map(x_BNC, "NLC", self.grid, self.prefix_tokens)
+        delta = self._on_map(map_BCHW)
+        alone = self._finish(self._centre(prefix_BCP1)) if self.prefix_tokens else prefix_BCP1
+        return from_map(delta, alone, "NLC")
 
-    def _centre(self, prefix_BCP: torch.Tensor) -> torch.Tensor:
-        """DW of each prefix token by itself: [B, C, P] times the centre tap of the kernel, to [B, w, P]."""
+    def _centre(self, prefix_BCP1: torch.Tensor) -> torch.Tensor:
+        """DW of each prefix token by itself: [B, C, P, 1] times the centre tap of the kernel, to [B, w, P, 1]."""
         depth = self.depthwise
         row, column = ((side - 1) // 2 for side in depth.kernel_size)
         tap = depth.weight[:, :, row : row + 1, column : column + 1]
-        return nn.functional.conv2d(prefix_BCP.unsqueeze(3), tap, depth.bias, groups=depth.groups).squeeze(3)
+        return nn.functional.conv2d(prefix_BCP1, tap, depth.bias, groups=depth.groups)
 
     def _finish(self, hidden: torch.Tensor) -> torch.Tensor:
         """α ⊙ PW(σ(h)) for h = DW(x), [B, w, H', W']."""
@@ -124,6 +136,7 @@ def _build(site: Site, form: Form, config: ConvAdapterConfig) -> ConvAdapter:
         layout=site.layout,
         grid=input_grid(site, form),
         prefix_tokens=site.prefix_tokens,
+        pool=find_pool(config),
     )
     _initialise(adapter, activation, config.init)
     return adapter
@@ -188,6 +201,11 @@ def _on_blocks(form: Form) -> Any:
     return select
 
 
+def _on_stages(sites: Iterable[Site], config: ConvAdapterConfig) -> tuple[Placement, ...]:
+    """Whole stages with a grid: the ablation of table 5, which the paper found to do worse for more parameters."""
+    return tuple(Placement(site=site, form="parallel") for site in sites if site.kind == "stage" and site.grid)
+
+
 def _scheme(name: str, summary: str, needs: str, select: Any) -> Scheme:
     return Scheme(
         name=name,
@@ -205,9 +223,11 @@ def _scheme(name: str, summary: str, needs: str, select: Any) -> Scheme:
 
 _CONVS = "convs with a kernel over 1 inside or between its blocks, or attention on a grid"
 _BLOCKS = "blocks on a grid (a branch of convs, attention or an MLP added to a shortcut, or modules that repeat)"
+_STAGES = "stages of blocks on a grid"
 SCHEMES = (
     _scheme("conv-par", "Conv-Adapter parallel to each functional conv", _CONVS, _on_convs("parallel")),
     _scheme("conv-seq", "Conv-Adapter after each functional conv", _CONVS, _on_convs("sequential")),
     _scheme("res-par", "Conv-Adapter parallel to each residual block", _BLOCKS, _on_blocks("parallel")),
     _scheme("res-seq", "Conv-Adapter after each residual block", _BLOCKS, _on_blocks("sequential")),
+    _scheme("stage-par", "Conv-Adapter parallel to each stage", _STAGES, _on_stages),
 )

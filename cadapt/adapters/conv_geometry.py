@@ -16,6 +16,7 @@ from cadapt.plan import Form
 from cadapt.site import Pair, Site
 
 DEFAULT_GAMMA = 4
+DEFAULT_POOL = 2
 # beside pooling, global attention or an MLP there is no kernel to copy: the least that sees neighbours
 DEFAULT_KERNEL = 3
 
@@ -43,6 +44,8 @@ def input_grid(site: Site, form: Form) -> Pair | None:
 def find_width(site: Site, form: Form, config: ConvAdapterConfig) -> int | None:
     """The bottleneck's channels w, or None where γ leaves no whole groups."""
     channels = input_channels(site, form)
+    if config.down == "spatial":
+        return channels
     width = max(1, channels // (config.gamma or DEFAULT_GAMMA))
     if channels % width == 0 or config.conv_type != "depthwise":
         return width
@@ -50,6 +53,11 @@ def find_width(site: Site, form: Form, config: ConvAdapterConfig) -> int | None:
         return None
     divisors = [value for value in range(1, channels + 1) if channels % value == 0]
     return min(divisors, key=lambda value: abs(math.log(value / width)))
+
+
+def find_pool(config: ConvAdapterConfig) -> int:
+    """The side in pixels of the average pool in front of Δ; 1 is none."""
+    return (config.gamma or DEFAULT_POOL) if config.down == "spatial" else 1
 
 
 def find_geometry(site: Site, form: Form, config: ConvAdapterConfig) -> Geometry | None:
@@ -85,7 +93,9 @@ def _own_kernel(site: Site) -> tuple[Pair, Pair | Literal["same"]]:
     return (DEFAULT_KERNEL, DEFAULT_KERNEL), "same" if site.padding == "same" else padding
 
 
-def _reached_grid(grid: Pair, geometry: Geometry) -> Pair:
+def reached_grid(grid: Pair, geometry: Geometry) -> Pair:
+    """Height and width of what a conv gives from a grid."""
+
     def side(axis: int) -> int:
         if geometry.padding == "same":
             return -(-grid[axis] // geometry.stride[axis])
@@ -110,12 +120,15 @@ def explain_misfit(site: Site, form: Form, config: ConvAdapterConfig) -> str | N
     if geometry is None:
         own, padding = _own_kernel(site)
         return f"K={config.kernel or 1} cannot keep the grid of this {_show(own)} kernel with padding {padding}"
-    reached = _reached_grid(grid, geometry)
+    reached = reached_grid(grid, geometry)
     if reached != out_grid:
         return (
             f"a {_show(geometry.kernel)} kernel with stride {_show(geometry.stride)} takes its {_show(grid)} grid "
             f"to {_show(reached)}, not to {_show(out_grid)}"
         )
+    pool = find_pool(config)
+    if min(reached_grid((grid[0] // pool, grid[1] // pool), geometry)) < 1 or min(grid) < pool:
+        return f"its {_show(grid)} grid is too small to be pooled by {pool} for a {_show(geometry.kernel)} kernel"
     return None
 
 

@@ -19,7 +19,10 @@ class ConvAdapterConfig:
 
     Args:
         gamma: compression γ: the bottleneck has w = channels // γ, at least 1. A number is refused where w leaves no
-            whole groups; None is 4, with w taken to the nearest width that divides the channels.
+            whole groups; None is 4, with w taken to the nearest width that divides the channels. With ``down`` spatial
+            it is the pool's side, by default 2.
+        down: what is compressed: ``channel``, or ``spatial``: all channels, on maps pooled by their average and
+            brought back bilinearly (the ablation of section 4.4, table 5).
         kernel: kernel size K of the depth-wise conv; None is the adapted component's, or 3 where that has no kernel
             (pooling, global attention, an MLP).
         conv_type: ``depthwise``; ``regular`` (no groups in the first conv); ``linear`` (both convs 1×1).
@@ -33,6 +36,7 @@ class ConvAdapterConfig:
     """
 
     gamma: int | None = None
+    down: Literal["channel", "spatial"] = "channel"
     kernel: int | None = None
     conv_type: Literal["depthwise", "regular", "linear"] = "depthwise"
     activation: str | None = None
