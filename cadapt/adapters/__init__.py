@@ -71,7 +71,8 @@ def configure(methods: Sequence[Scheme], settings: Mapping[str, Any]) -> tuple[A
     given: dict[str, dict[str, Any]] = {method.name: {} for method in methods}
     for key, value in settings.items():
         scheme, _, name = key.rpartition(".")
-        takers = [item for item in known if scheme in ("", item) and (name in known[item] or len(known) == 1)]
+        named = [item for item in known if scheme.replace("_", "-") in ("", item)]
+        takers = [item for item in named if name in known[item] or len(known) == 1]
         if not takers:
             choices = {name for names in known.values() for name in names}
             tip = close_matches(name, choices) if choices else "they have none"
