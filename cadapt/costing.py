@@ -104,6 +104,21 @@ def cost(
     )
 
 
+def count_activations(twin: nn.Module, input_size: Sequence[int] = (3, 224, 224), *, batch: int = 1) -> int:
+    """Count what autograd keeps of one training step, in bytes, as ``activation_bytes`` of :class:`Cost` says.
+
+    Args:
+        twin: a model whose tensors are all on the meta device; it is put in train mode.
+        input_size: channels, height and width of one image, in pixels.
+        batch: images in the step.
+
+    Raises:
+        UsageError: the input size or the batch makes no sense.
+        CadaptError: the forward pass fails, as :func:`cost` says.
+    """
+    return _activation_bytes(twin.train(), (batch, *_checked(input_size, batch, "macs")))
+
+
 def _checked(input_size: Sequence[int], batch: int, convention: str) -> tuple[int, int, int]:
     if convention not in CONVENTIONS:
         raise UsageError(f"unknown counting convention '{convention}'", hint=close_matches(convention, CONVENTIONS))

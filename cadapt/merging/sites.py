@@ -56,7 +56,7 @@ def decide(insertion: Insertion, adapter: nn.Module, layer: nn.Module | None, ob
     """
     if layer is not None and not _is_whole(insertion.site, layer):
         layer = None
-    outcome = Refusal(reason=obstacle) if obstacle else _apply_rule(insertion, adapter, layer)
+    outcome = Refusal(reason=obstacle) if obstacle else ask_rule(insertion, adapter, layer)
     if isinstance(outcome, MergedLayer):
         assert layer is not None
         return _fold(insertion, adapter, layer, outcome)
@@ -68,7 +68,10 @@ def _is_whole(site: Site, layer: nn.Module) -> bool:
     return site.kind not in ("conv", "downsample") or site.operator in ("", type(layer).__name__)
 
 
-def _apply_rule(insertion: Insertion, adapter: nn.Module, layer: nn.Module | None) -> MergedLayer | Refusal:
+def ask_rule(insertion: Insertion, adapter: nn.Module, layer: nn.Module | None) -> MergedLayer | Refusal:
+    """Fold one adapter by its scheme's rule, unchecked; arguments as :func:`decide` takes them, in any one dtype."""
+    if layer is not None and not _is_whole(insertion.site, layer):
+        layer = None
     outcome = get_scheme(insertion.scheme).merge(insertion.site, insertion.form, adapter, layer)
     if isinstance(outcome, Refusal):
         return outcome
