@@ -74,9 +74,9 @@ def plan_insertions(
 
     Args:
         backbone: the base.
-        scheme: a scheme's name.
-        settings: its settings.
-        include: globs over site paths; only sites that match one are adapted. None given means all.
+        scheme: a scheme's name, or several joined by ``+``.
+        settings: its settings; ``lora.rank`` is one of several schemes'.
+        include: globs over the paths of sites, and of layers whose tensors change; none given means all.
         exclude: globs over site paths to leave out.
         seed: initialises the adapters.
         surveyed: the base's sites, where they are known already.
@@ -87,7 +87,9 @@ def plan_insertions(
     """
     methods = get_schemes(scheme)
     configs = configure(methods, dict(settings or {}))
-    found = surveyed or survey(backbone)
+    # a linear probe asks nothing of the base
+    asks = any(method.needs for method in methods)
+    found = surveyed or (survey(backbone) if asks else Survey(graph=fx.Graph(), located=()))
     chosen = [method.select(found.sites, config) for method, config in zip(methods, configs, strict=True)]
     changed = [method.changes(found.tensors) for method in methods]
     for method, placements, names in zip(methods, chosen, changed, strict=True):
@@ -95,15 +97,11 @@ def plan_insertions(
             raise _nothing_to_adapt(backbone, method, found)
     paths = [item.site.path for placements in chosen for item in placements]
     wanted = _filter([*paths, *(_owner(name) for names in changed for name in names)], include, exclude)
-    insertions = []
-    for method, config, placements in zip(methods, configs, chosen, strict=True):
-        for item in placements:
-            if item.site.path not in wanted:
-                continue
-            reason = method.fits(item.site, item.form, config)
-            if reason is not None:
-                raise _misfit(method, item, reason, config)
-            insertions.append(Insertion(site=item.site, scheme=method.name, form=item.form, config=asdict(config)))
+    insertions = [
+        insertion
+        for method, config, placements in zip(methods, configs, chosen, strict=True)
+        for insertion in _insertions(method, config, [item for item in placements if item.site.path in wanted])
+    ]
     return Plan(
         base=backbone.base,
         scheme=scheme,
@@ -114,6 +112,14 @@ def plan_insertions(
         bn_policy="train" if any(method.bn_policy == "train" for method in methods) else "frozen",
         seed=seed,
     )
+
+
+def _insertions(method: Scheme, config: Any, placements: Sequence[Placement]) -> Iterator[Insertion]:
+    for item in placements:
+        reason = method.fits(item.site, item.form, config)
+        if reason is not None:
+            raise _misfit(method, item, reason, config)
+        yield Insertion(site=item.site, scheme=method.name, form=item.form, config=asdict(config))
 
 
 def _own_parameters(backbone: Backbone) -> Iterator[str]:
