@@ -1,0 +1,178 @@
+"""Consolidator: grouped linear maps beside every linear layer and 1×1 conv, which fold into it after training.
+
+Hao et al., "Consolidator: Mergeable Adapter with Grouped Connections for Visual Adaptation", ICLR 2023, arXiv
+2305.00603: y = W₀x + b₀ + Σ_b DropPath_p(G_b P_b x + β_b). The first of its two consolidations, of several branches
+into one sparse matrix for the file, is here; the second, into the base's layer, in
+:mod:`cadapt.adapters.consolidator_merge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from cadapt.adapters.consolidator_layers import Branch, Consolidator, StoredConsolidator, find_groups, shared_groups
+from cadapt.adapters.consolidator_merge import merge_consolidator
+from cadapt.adapters.scheme import Placement, Scheme
+from cadapt.errors import UsageError
+from cadapt.plan import Form
+from cadapt.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsolidatorConfig:
+    """Settings of Consolidator.
+
+    Args:
+        groups: g of each branch: ``384``, or ``384,192`` for two. A number that does not divide a layer's inputs and
+            outputs alike is refused; none given is one branch of 384 groups where that divides them, else of the
+            largest number below 384 that does.
+        shuffle: whether every branch reads its input with the channels shuffled for its own g, (Px)[i·g + a] =
+            x[a·c + i] for c = C/g. Nothing moves where g or c is 1, and branches of one g read alike.
+        drop_path: p of the drop-path on each branch by itself.
+        init: ``zero`` (the inserted model computes what the base does) or ``paper``: U(±1e-3) for weights and biases.
+        stored: one sparse matrix and one bias in place of the branches; export makes it. It can train on, as one matrix
+            with one drop-path, but not as the branches it came from.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    groups: tuple[int, ...] = ()
+    shuffle: bool = False
+    drop_path: float = 0.0
+    init: Literal["zero", "paper"] = "zero"
+    stored: bool = False
+
+    def __post_init__(self) -> None:
+        if any(number < 1 for number in self.groups):
+            shown = ",".join(map(str, self.groups))
+            raise UsageError(f"groups is {shown}, expected 1 or more for each branch", hint="try --set groups=384")
+        if not 0 <= self.drop_path < 1:
+            raise UsageError(f"drop_path is {self.drop_path:g}, expected 0 up to 1", hint="try --set drop_path=0.2")
+
+
+def _select(sites: Iterable[Site], config: ConsolidatorConfig) -> tuple[Placement, ...]:
+    """Every linear layer and 1×1 conv of every block, in parallel."""
+    return tuple(Placement(site=site, form="parallel") for site in sites if site.kind == "linear")
+
+
+def _fits(site: Site, form: Form, config: ConsolidatorConfig) -> str | None:
+    inputs, outputs = site.in_channels, site.out_channels
+    for groups in config.groups:
+        if inputs % groups or outputs % groups:
+            known = ", ".join(str(number) for number in shared_groups(inputs, outputs)[:4])
+            return (
+                f"its {inputs} inputs and {outputs} outputs do not both divide into {groups} groups, but into {known}"
+            )
+    if site.layout == "NCHW":
+        sides = tuple((side - 1) // step + 1 for side, step in zip(site.in_shape[1:], site.stride, strict=True))
+        if site.out_shape[1:] != sides:
+            return f"its 1×1 conv pads: it gives {site.out_shape[1:]}, without padding {sides}"
+    return None
+
+
+def _build(site: Site, form: Form, config: ConsolidatorConfig) -> nn.Module:
+    inputs, outputs = site.in_channels, site.out_channels
+    groups = find_groups(inputs, outputs, config.groups)
+    settings: dict[str, Any] = {
+        "shuffle": config.shuffle,
+        "drop_path": config.drop_path,
+        # the channels of a linear layer are last
+        "stride": site.stride if site.layout == "NCHW" else None,
+    }
+    adapter: nn.Module
+    if config.stored:
+        adapter = StoredConsolidator(inputs, outputs, groups, **settings)
+    else:
+        adapter = Consolidator(Branch(inputs, outputs, number, **settings) for number in groups)
+    if config.init == "paper":
+        for parameter in adapter.parameters():
+            nn.init.uniform_(parameter, -1e-3, 1e-3)
+    return adapter
+
+
+def _covering(adapter: nn.Module) -> Branch | None:
+    """Of several branches the one whose matrix has room for the non-zeros of all, where there is one."""
+    if not isinstance(adapter, Consolidator) or len(adapter.branches) == 1:
+        return None
+    branches: Any = adapter.branches
+    patterns = [branch.pattern() for branch in branches]
+    for branch, pattern in zip(branches, patterns, strict=True):
+        if not any(bool((other & ~pattern).any()) for other in patterns):
+            found: Branch = branch
+            return found
+    return None
+
+
+@torch.no_grad()
+def sum_into_one(adapter: nn.Module, config: ConsolidatorConfig) -> tuple[nn.Module, ConsolidatorConfig]:
+    """Sum several branches into the one of them that has room for all, which computes less; else return them as given.
+
+    Without the shuffle it is the branch of the fewest groups, where its g divides the others'. Computed in fp64 and
+    rounded once; the argument is left as it was.
+    """
+    wide = _covering(adapter)
+    if wide is None:
+        return adapter, config
+    assert isinstance(adapter, Consolidator)
+    matrix, bias = adapter.summed()
+    branch = Branch(
+        wide.in_channels,
+        wide.out_channels,
+        wide.groups,
+        shuffle=wide.shuffle,
+        drop_path=config.drop_path,
+        stride=wide.stride,
+    ).to(wide.weight)
+    branch.weight.copy_(matrix.gather(1, wide.columns()))
+    branch.bias.copy_(bias)
+    summed = Consolidator([branch]).train(adapter.training)
+    return summed, replace(config, groups=(wide.groups,))
+
+
+@torch.no_grad()
+def pack_branches(adapter: nn.Module, config: ConsolidatorConfig) -> tuple[nn.Module, ConsolidatorConfig]:
+    """The first consolidation, between training and storage: several branches as one sparse matrix and one bias.
+
+    Holds the union of the branches' non-zeros, as a branch where that is one's own pattern and as a
+    :class:`StoredConsolidator` otherwise. One branch is returned as given. Computed in fp64 and rounded once; the
+    argument is left as it was.
+    """
+    if not isinstance(adapter, Consolidator) or len(adapter.branches) == 1:
+        return adapter, config
+    summed, simpler = sum_into_one(adapter, config)
+    if simpler != config:
+        return summed, simpler
+    branches: Any = adapter.branches
+    stored = StoredConsolidator(
+        branches[0].in_channels,
+        branches[0].out_channels,
+        [branch.groups for branch in branches],
+        shuffle=config.shuffle,
+        drop_path=config.drop_path,
+        stride=branches[0].stride,
+    ).to(branches[0].weight)
+    stored.fill(*adapter.summed())
+    return stored.train(adapter.training), replace(config, stored=True)
+
+
+SCHEMES = (
+    Scheme(
+        name="consolidator",
+        paper="arXiv 2305.00603",
+        summary="grouped linear maps parallel to each linear layer and 1×1 conv of the blocks; they fold in",
+        config=ConsolidatorConfig,
+        needs="linear layers or 1×1 convs in its blocks",
+        select=_select,
+        fits=_fits,
+        build=_build,
+        merge=merge_consolidator,
+        simplify=sum_into_one,
+        pack=pack_branches,
+    ),
+)
