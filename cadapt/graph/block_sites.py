@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -76,14 +77,19 @@ def _described(anatomy: Anatomy, site: Site, block: Block) -> Site:
 
 
 def stage_sites(anatomy: Anatomy) -> Iterable[Located]:
-    """Every stage, from what its first block reads to what its last one gives."""
+    """Every stage, from what its first block reads to what its last one gives.
+
+    It bears its parent's path; where a parent holds several stages in one row, that of its first block.
+    """
     groups: dict[int, list[Block]] = {}
     for block in anatomy.blocks:
         groups.setdefault(anatomy.stage_of[block.scope.key], []).append(block)
+    parents = Counter(blocks[0].scope.parent for blocks in groups.values())
     for stage, blocks in groups.items():
         start, end = blocks[0].input, blocks[-1].output
         layout = anatomy.layout(start, blocks[0].scope.nodes)
-        path = blocks[0].scope.parent or blocks[0].scope.path
+        parent = blocks[0].scope.parent
+        path = parent if parent and parents[parent] == 1 else blocks[0].scope.path
         site = anatomy.site("stage", plain_path(path), 0, start, end, layout)
         if site is not None:
             site = replace(_described(anatomy, site, blocks[0]), operator="", groups=1, stage=stage)
