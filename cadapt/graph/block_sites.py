@@ -10,7 +10,6 @@ from cadapt.graph.anatomy import Anatomy, Located
 from cadapt.graph.blocks import Block
 from cadapt.graph.convs import fit_grid
 from cadapt.graph.geometry import functional_conv, odd, window_of
-from cadapt.graph.scopes import plain_path
 from cadapt.site import Site
 
 
@@ -89,8 +88,8 @@ def stage_sites(anatomy: Anatomy) -> Iterable[Located]:
         start, end = blocks[0].input, blocks[-1].output
         layout = anatomy.layout(start, blocks[0].scope.nodes)
         parent = blocks[0].scope.parent
-        path = parent if parent and parents[parent] == 1 else blocks[0].scope.path
-        site = anatomy.site("stage", plain_path(path), 0, start, end, layout)
+        named = anatomy.scopes[parent] if parent and parents[parent] == 1 else blocks[0].scope
+        site = anatomy.site("stage", named.path, named.call, start, end, layout)
         if site is not None:
             site = replace(_described(anatomy, site, blocks[0]), operator="", groups=1, stage=stage)
             yield Located(site=site, input=start, output=end)
