@@ -1,9 +1,8 @@
 """Consolidator: grouped linear maps beside every linear layer and 1×1 conv, which fold into it after training.
 
 Hao et al., "Consolidator: Mergeable Adapter with Grouped Connections for Visual Adaptation", ICLR 2023, arXiv
-2305.00603: y = W₀x + b₀ + Σ_b DropPath_p(G_b P_b x + β_b). The first of its two consolidations, of several branches
-into one sparse matrix for the file, is here; the second, into the base's layer, in
-:mod:`cadapt.adapters.consolidator_merge`.
+2305.00603: y = W₀x + b₀ + Σ_b DropPath_p(G_b P_b x + β_b). Of its two consolidations ``pack_branches`` is the one between
+training and storage, ``merge_branches`` the one between loading and inference.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import torch
 from torch import nn
 
 from cadapt.adapters.consolidator_layers import Branch, Consolidator, StoredConsolidator, find_groups, shared_groups
-from cadapt.adapters.consolidator_merge import merge_consolidator
-from cadapt.adapters.scheme import Placement, Scheme
+from cadapt.adapters.conv_merge import add_to_layer, find_plain_conv, fold_beside
+from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme
 from cadapt.errors import UsageError
 from cadapt.plan import Form
 from cadapt.site import Site
@@ -96,6 +95,27 @@ def _build(site: Site, form: Form, config: ConsolidatorConfig) -> nn.Module:
     return adapter
 
 
+def merge_branches(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) -> MergedLayer | Refusal:
+    """The second consolidation: W = W₀ + Σ G_b P_b and b = b₀ + Σ β_b, exact for linear layers and plain 1×1 convs.
+
+    Args:
+        site: where the adapter stands.
+        form: how it joins.
+        adapter: the adapter, as it trains or as a file holds it.
+        layer: the base's module at the site's path.
+
+    Returns:
+        The layer's new weight and bias in fp64, or the refusal.
+    """
+    assert isinstance(adapter, Consolidator | StoredConsolidator)
+    matrix, bias = adapter.summed()
+    # a subclass, or a parametrised layer, may compute its weight
+    if type(layer) is nn.Linear:
+        return add_to_layer(layer, matrix, bias)
+    conv = find_plain_conv(site, layer)
+    return conv if isinstance(conv, Refusal) else fold_beside(conv, matrix[:, :, None, None], bias)
+
+
 def _covering(adapter: nn.Module) -> Branch | None:
     """Of several branches the one whose matrix has room for the non-zeros of all, where there is one."""
     if not isinstance(adapter, Consolidator) or len(adapter.branches) == 1:
@@ -171,7 +191,7 @@ SCHEMES = (
         select=_select,
         fits=_fits,
         build=_build,
-        merge=merge_consolidator,
+        merge=merge_branches,
         simplify=sum_into_one,
         pack=pack_branches,
     ),
