@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cadapt.cli._options import AsJson, Checkpoint, Force, Output, Quiet
+from cadapt.cli._schemes import LISTED
 from cadapt.cli._streams import DEFAULT_ADAPTER, check_output, deliver, print_json, print_path
 from cadapt.errors import UsageError
 
@@ -15,7 +16,9 @@ EXAMPLE = "cadapt insert resnet50 --scheme conv-par --gamma 4"
 
 def command(
     backbone: Annotated[str, typer.Argument(help="A timm model, with a tag for one set of weights.")],
-    scheme: Annotated[str, typer.Option("--scheme", help="The method: conv-par, conv-seq, res-par, linear, full …")],
+    scheme: Annotated[
+        str, typer.Option("--scheme", metavar="NAME", help=f"The method, or several as lora+bias: {LISTED}.")
+    ],
     checkpoint: Checkpoint = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="Weights from the hub, or random ones from --seed.")

@@ -2,24 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cadapt.cli._options import AsJson, Quiet
+from cadapt.cli._schemes import LISTED
 from cadapt.cli._streams import find_adapter, naming_stdin, print_json
 from cadapt.errors import CadaptError, RefusedError, UsageError
 
-EXAMPLE = "cadapt inspect resnet50 --sites; cadapt inspect 'convnext*'; cadapt inspect adapter.safetensors"
+EXAMPLE = (
+    "cadapt inspect resnet50 --schemes; cadapt inspect 'convnext*' --scheme lora; cadapt inspect adapter.safetensors"
+)
 _CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What is to be shown of a target, and how."""
+
+    sites: bool
+    all_schemes: bool
+    schemes: tuple[str, ...]
+    img_size: int | None
+    as_json: bool
+    quiet: bool
+
+    def give(self, record: dict[str, Any], show: Any) -> None:
+        """Print the record, or show it to people."""
+        if self.as_json:
+            print_json(record)
+        elif not self.quiet:
+            show()
+
+    def choose(self, usual: tuple[str, ...]) -> tuple[str, ...]:
+        """The schemes to compare: those asked for, or the usual ones.
+
+        Raises:
+            UsageError: one is unknown.
+        """
+        from cadapt.describe.schemes import all_schemes, read_schemes
+
+        return all_schemes() if self.all_schemes else read_schemes(self.schemes) or usual
 
 
 def command(
     target: Annotated[
         str, typer.Argument(help="A timm model or a glob of them, a checkpoint, an adapter or ONNX file, or - (stdin).")
     ],
-    sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
+    schemes: Annotated[bool, typer.Option("--schemes", help="Compare all schemes.")] = False,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option("--scheme", metavar="NAMES", help=f"Compare these, as lora,ssf or bias+norm. There are {LISTED}."),
+    ] = None,
+    sites: Annotated[bool, typer.Option("--sites", help="List the sites.")] = False,
     backbone: Annotated[
         str | None, typer.Option("--backbone", metavar="MODEL", help="The timm model a checkpoint is for.")
     ] = None,
@@ -29,73 +67,77 @@ def command(
 ) -> None:
     """Show what is in a model or a file.
 
-    For a model: stages, blocks and sites, and what each scheme would add (parameters, MACs, activation memory). For a
-    glob: a row for each model, with what each scheme would add.
+    For a model: stages, blocks and sites, and what schemes would add (parameters, MACs, activation memory), and whether
+    they merge; with --schemes all of them on one screen. For a glob: a row for each model, a column for each scheme.
     """
-    if target == "-":
-        source = find_adapter("-")
-        _show_adapter(source.content, str(source.path or "stdin"), as_json=as_json, quiet=quiet)
-        return
+    if schemes and scheme:
+        raise UsageError("--schemes compares all schemes, --scheme only some", hint="leave one out")
+    named = tuple(scheme or ())
+    asked = _Asked(sites=sites, all_schemes=schemes, schemes=named, img_size=img_size, as_json=as_json, quiet=quiet)
     path = Path(target)
-    if path.is_file():
-        _inspect_file(path, backbone, sites=sites, img_size=img_size, as_json=as_json, quiet=quiet)
+    if target == "-" or path.is_file():
+        _inspect_file(target, backbone, asked)
         return
     if path.suffix in (*_CHECKPOINTS, ".onnx") or "/" in target:
         raise CadaptError(
             f"no file at '{target}'", hint="a timm model is named without a suffix: cadapt inspect resnet50"
         )
-    if any(mark in target for mark in "*?["):
-        if sites:
-            raise UsageError("--sites lists those of one model", hint="cadapt inspect MODEL --sites")
-        if backbone is not None:
-            raise UsageError("--backbone names the model of a checkpoint", hint="cadapt inspect FILE --backbone MODEL")
-        _inspect_glob(target, img_size=img_size, as_json=as_json, quiet=quiet)
+    if not any(mark in target for mark in "*?["):
+        _inspect_model(target, asked)
         return
-    _inspect_model(target, sites=sites, img_size=img_size, as_json=as_json, quiet=quiet)
+    if sites:
+        raise UsageError("--sites lists those of one model", hint="cadapt inspect MODEL --sites")
+    if backbone is not None:
+        raise UsageError("--backbone names the model of a checkpoint", hint="cadapt inspect FILE --backbone MODEL")
+    _inspect_glob(target, asked)
 
 
-def _give(record: dict[str, Any], as_json: bool, quiet: bool, show: Any) -> None:
-    if as_json:
-        print_json(record)
-    elif not quiet:
-        show()
-
-
-def _inspect_model(name: str, *, sites: bool, img_size: int | None, as_json: bool, quiet: bool) -> None:
+def _inspect_model(name: str, asked: _Asked) -> None:
     from cadapt.describe.model import describe_architecture
+    from cadapt.describe.schemes import USUAL_SCHEMES
+    from cadapt.report.counting import show_counting
     from cadapt.report.describe import show_model
 
-    summary = describe_architecture(name, img_size)
-    _give(summary.to_json(), as_json, quiet, lambda: show_model(summary, sites=sites))
+    chosen = asked.choose(USUAL_SCHEMES)
+    with show_counting("comparing schemes", quiet=asked.quiet) as progress:
+        summary = describe_architecture(name, asked.img_size, chosen, progress)
+    asked.give(summary.to_json(), lambda: show_model(summary, sites=asked.sites, only_schemes=asked.all_schemes))
 
 
-def _inspect_glob(glob: str, *, img_size: int | None, as_json: bool, quiet: bool) -> None:
-    from cadapt.describe.listing import list_architectures
-    from cadapt.report.listing import show_listing, show_surveying
+def _inspect_glob(glob: str, asked: _Asked) -> None:
+    from cadapt.describe.listing import USUAL_COLUMNS, list_architectures
+    from cadapt.report.counting import show_counting
+    from cadapt.report.listing import show_listing
 
-    with show_surveying(quiet=quiet) as progress:
-        listing = list_architectures(glob, img_size, progress=progress)
-    _give(listing.to_json(), as_json, quiet, lambda: show_listing(listing))
+    chosen = asked.choose(USUAL_COLUMNS)
+    with show_counting("surveying models", quiet=asked.quiet) as progress:
+        listing = list_architectures(glob, asked.img_size, chosen, progress=progress)
+    asked.give(listing.to_json(), lambda: show_listing(listing))
     if listing.failed == len(listing.models):
         raise CadaptError(f"no model that matches '{glob}' could be surveyed", hint=listing.models[0].error)
 
 
-def _inspect_file(
-    path: Path, backbone: str | None, *, sites: bool, img_size: int | None, as_json: bool, quiet: bool
-) -> None:
+def _inspect_file(target: str, backbone: str | None, asked: _Asked) -> None:
+    path = Path(target)
+    if backbone is None and (asked.all_schemes or asked.schemes):
+        raise UsageError("schemes are compared on a model, not on a file", hint="cadapt inspect MODEL --schemes")
+    if target == "-":
+        source = find_adapter("-")
+        _show_adapter(source.content, str(source.path or "stdin"), asked)
+        return
     if path.suffix == ".onnx":
         from cadapt.export import read_onnx_header
         from cadapt.report.describe import show_facts
 
         facts = read_onnx_header(path).to_json()
-        _give({"schema": 1, "kind": "onnx", **facts}, as_json, quiet, lambda: show_facts(f"{path}: ONNX", facts))
+        asked.give({"schema": 1, "kind": "onnx", **facts}, lambda: show_facts(f"{path}: ONNX", facts))
         return
     if backbone is None and path.suffix == ".safetensors" and _is_adapter(path):
-        _show_adapter(path, str(path), as_json=as_json, quiet=quiet)
+        _show_adapter(path, str(path), asked)
         return
     if path.suffix not in _CHECKPOINTS:
         raise UsageError(f"{path} is no file that cadapt knows", hint=f"expected {', '.join(_CHECKPOINTS)} or .onnx")
-    _show_checkpoint(path, backbone, sites=sites, img_size=img_size, as_json=as_json, quiet=quiet)
+    _show_checkpoint(path, backbone, asked)
 
 
 def _is_adapter(path: Path) -> bool:
@@ -117,33 +159,28 @@ def _metadata(path: Path) -> dict[str, str]:
         return dict(parse_header(handle.read(length), size).metadata)
 
 
-def _show_adapter(content: Path | bytes, name: str, *, as_json: bool, quiet: bool) -> None:
+def _show_adapter(content: Path | bytes, name: str, asked: _Asked) -> None:
     from cadapt.bundle import read_header
 
     with naming_stdin():
         header = read_header(content)
-    if as_json:
-        print_json({"schema": 1, "kind": "adapter", **header.to_json()})
-        return
-    if not quiet:
+
+    def show() -> None:
         from cadapt.report.describe import show_header
 
         show_header(header, name)
 
+    asked.give({"schema": 1, "kind": "adapter", **header.to_json()}, show)
 
-def _show_checkpoint(
-    path: Path, backbone: str | None, *, sites: bool, img_size: int | None, as_json: bool, quiet: bool
-) -> None:
-    from cadapt.backbone import load_backbone
+
+def _show_checkpoint(path: Path, backbone: str | None, asked: _Asked) -> None:
     from cadapt.checkpoints import read_checkpoint
-    from cadapt.describe.model import summarise
-    from cadapt.report.describe import show_facts, show_model
+    from cadapt.report.describe import show_facts
 
     if backbone is not None:
-        summary = summarise(load_backbone(backbone, checkpoint=path, img_size=img_size))
-        _give(summary.to_json(), as_json, quiet, lambda: show_model(summary, sites=sites))
+        _show_weights(path, backbone, asked)
         return
-    if sites:
+    if asked.sites:
         raise UsageError(f"the sites of {path} are its model's", hint=f"cadapt inspect {path} --backbone MODEL --sites")
     tensors = read_checkpoint(path)
     facts: dict[str, Any] = {
@@ -156,4 +193,16 @@ def _show_checkpoint(
     }
     if path.suffix == ".safetensors":
         facts["metadata"] = _metadata(path)
-    _give({"schema": 1, "kind": "checkpoint", **facts}, as_json, quiet, lambda: show_facts(f"{path}: weights", facts))
+    asked.give({"schema": 1, "kind": "checkpoint", **facts}, lambda: show_facts(f"{path}: weights", facts))
+
+
+def _show_weights(path: Path, backbone: str, asked: _Asked) -> None:
+    """Show the model that a checkpoint makes of an architecture."""
+    from cadapt.backbone import load_backbone
+    from cadapt.describe.model import summarise
+    from cadapt.describe.schemes import USUAL_SCHEMES
+    from cadapt.report.describe import show_model
+
+    chosen = asked.choose(USUAL_SCHEMES)
+    summary = summarise(load_backbone(backbone, checkpoint=path, img_size=asked.img_size), chosen)
+    asked.give(summary.to_json(), lambda: show_model(summary, sites=asked.sites, only_schemes=asked.all_schemes))

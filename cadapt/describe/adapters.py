@@ -1,4 +1,4 @@
-"""What one adapter of a plan is made of: its own kernel and its parameters, counted on a build without data."""
+"""What one adapter of a plan is made of: its kernel, its parameters and its cost, counted on a build without data."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cadapt.adapters import get_scheme
 from cadapt.plan import Form, Insertion, Plan
 from cadapt.site import Pair, Site, SiteKind
+
+Settings = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,25 +34,43 @@ def summarise_adapters(plan: Plan) -> tuple[AdapterSummary, ...]:
     return tuple(_summarise(insertion) for insertion in plan.insertions)
 
 
+def count_adapter_macs(plan: Plan) -> int:
+    """Multiply–accumulates that a plan's adapters add to one picture's forward pass, by the convention ``macs``."""
+    return sum(_count_macs(*_likeness(insertion)) for insertion in plan.insertions)
+
+
 def _summarise(insertion: Insertion) -> AdapterSummary:
-    site, form = insertion.site, insertion.form
-    settings = tuple(sorted(insertion.config.items()))
-    kernel, parameters = _measure(insertion.scheme, _anywhere(site), form, settings)
-    return AdapterSummary(site=site.name, kind=site.kind, form=form, kernel=kernel, parameters=parameters)
+    site = insertion.site
+    kernel, parameters = _measure(*_likeness(insertion))
+    return AdapterSummary(site=site.name, kind=site.kind, form=insertion.form, kernel=kernel, parameters=parameters)
 
 
-def _anywhere(site: Site) -> Site:
-    """The site without its place: adapters at equal sites are equal, and most blocks of a model are."""
-    return replace(site, path="", call=0, stage=None)
+def _likeness(insertion: Insertion) -> tuple[str, Site, Form, Settings]:
+    """An insertion without its place: adapters at equal sites are equal, and most blocks of a model are."""
+    anywhere = replace(insertion.site, path="", call=0, stage=None)
+    return insertion.scheme, anywhere, insertion.form, tuple(sorted(insertion.config.items()))
 
 
 @functools.lru_cache(maxsize=4096)
-def _measure(scheme: str, site: Site, form: Form, settings: tuple[tuple[str, Any], ...]) -> tuple[Pair | None, int]:
-    method = get_scheme(scheme)
-    with torch.device("meta"):
-        adapter = method.build(site, form, method.configure(dict(settings)))
+def _measure(scheme: str, site: Site, form: Form, settings: Settings) -> tuple[Pair | None, int]:
+    adapter = _build(scheme, site, form, settings)
     parameters = sum(item.numel() for item in adapter.parameters() if item.requires_grad)
     return kernel_of(adapter), parameters
+
+
+@functools.lru_cache(maxsize=4096)
+def _count_macs(scheme: str, site: Site, form: Form, settings: Settings) -> int:
+    adapter = _build(scheme, site, form, settings).eval()
+    shape = site.out_shape if form == "sequential" else site.in_shape
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        adapter(torch.empty((1, *shape), device="meta"))
+    return int(counter.get_total_flops()) // 2
+
+
+def _build(scheme: str, site: Site, form: Form, settings: Settings) -> nn.Module:
+    method = get_scheme(scheme)
+    with torch.device("meta"):
+        return method.build(site, form, method.configure(dict(settings)))
 
 
 def kernel_of(adapter: nn.Module) -> Pair | None:

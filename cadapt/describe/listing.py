@@ -1,4 +1,4 @@
-"""All architectures that match a glob, a row each: size, sites, and what every scheme that places modules would add.
+"""All architectures that match a glob, a row each: size, sites, and what some schemes would add.
 
 Weights are never built, and one that cannot be surveyed is a row with its reason. Many are shared out among
 processes, since each takes about half a second and they have nothing in common.
@@ -7,27 +7,26 @@ processes, since each takes about half a second and they have nothing in common.
 from __future__ import annotations
 
 import functools
-import gc
-import math
 import textwrap
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import timm
 import torch
 
-from cadapt.adapters import SCHEMES
 from cadapt.backbone import Backbone, load_backbone
-from cadapt.describe.adapters import summarise_adapters
+from cadapt.describe.garbage import collecting_later
+from cadapt.describe.schemes import USUAL_SCHEMES, count_trained, explain_misfits
 from cadapt.describe.workers import Died, share_out, usable_cores
 from cadapt.errors import CadaptError, UsageError, close_matches
-from cadapt.planning import Survey, fitting_schemes, plan_insertions, survey
+from cadapt.planning import Survey, plan_insertions, survey
 
 SCHEMA = 1
+# the two ends add no column to a comparison of architectures: they add the same to all
+USUAL_COLUMNS = tuple(name for name in USUAL_SCHEMES if name not in ("linear", "full"))
 # a process of its own has imported torch and timm by the time that another has surveyed so many
 _WORTH_A_PROCESS = 8
 _MOST_PROCESSES = 16
@@ -38,7 +37,8 @@ _LONGEST_REASON = 300
 class SchemeRow:
     """A scheme under its defaults, head left out: its adapters, or why it does not fit.
 
-    ``parameters`` train; ``share`` is theirs of the backbone's.
+    ``parameters`` train; ``share`` is theirs of the backbone's. ``tensors`` counts those of the base that are trained
+    or get a learned difference.
     """
 
     name: str
@@ -46,6 +46,7 @@ class SchemeRow:
     parameters: int
     share: float
     reason: str | None
+    tensors: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class ArchitectureRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What a glob matched, in the natural order of the names; ``schemes`` are those that place modules."""
+    """What a glob matched, in the natural order of the names; ``schemes`` are those asked for."""
 
     glob: str
     schemes: tuple[str, ...]
@@ -85,6 +86,7 @@ class Listing:
 def list_architectures(
     glob: str,
     img_size: int | None = None,
+    schemes: Sequence[str] = USUAL_COLUMNS,
     *,
     processes: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -94,6 +96,7 @@ def list_architectures(
     Args:
         glob: as the shell's, over the names without tags.
         img_size: input size in pixels, in place of each model's own.
+        schemes: names of schemes, or of several joined by ``+``.
         processes: how many do the work; 1 starts none. By default as many as the cores and the number of models merit.
         progress: called with how many are done, and of how many.
 
@@ -104,18 +107,14 @@ def list_architectures(
     if not names:
         families = {f"{name.partition('_')[0]}*" for name in timm.list_models()}
         raise UsageError(f"no model matches '{glob}'", hint=close_matches(glob, families))
-    rows = _survey_all(names, img_size, processes or _merited(len(names)), progress)
+    work = functools.partial(survey_architecture, img_size=img_size, schemes=tuple(schemes))
+    rows = _survey_all(work, names, processes or _merited(len(names)), progress)
     tags = _weight_tags()
     return Listing(
         glob=glob,
-        schemes=placing_schemes(),
+        schemes=tuple(schemes),
         models=tuple(replace(rows[name], weights=tags[name]) for name in names),
     )
-
-
-def placing_schemes() -> tuple[str, ...]:
-    """The schemes that put modules into a base, in the registry's order."""
-    return tuple(name for name, method in SCHEMES.items() if method.places_modules)
 
 
 def _merited(count: int) -> int:
@@ -123,7 +122,7 @@ def _merited(count: int) -> int:
 
 
 def _survey_all(
-    names: list[str], img_size: int | None, processes: int, progress: Callable[[int, int], None]
+    work: Callable[[str], ArchitectureRow], names: list[str], processes: int, progress: Callable[[int, int], None]
 ) -> dict[str, ArchitectureRow]:
     rows: dict[str, ArchitectureRow] = {}
 
@@ -132,7 +131,6 @@ def _survey_all(
         progress(len(rows), len(names))
 
     progress(0, len(names))
-    work = functools.partial(survey_architecture, img_size=img_size)
     if processes > 1:
         share_out(work, names, processes, done)
     else:
@@ -141,40 +139,30 @@ def _survey_all(
     return rows
 
 
-def survey_architecture(name: str, img_size: int | None = None) -> ArchitectureRow:
+def survey_architecture(
+    name: str, img_size: int | None = None, schemes: Sequence[str] = USUAL_COLUMNS
+) -> ArchitectureRow:
     """Survey one architecture without its weights; whatever goes wrong is the row's ``error``."""
     try:
         # what a model's code has to say to its author is no news to whoever lists it
-        with _collecting_later(), warnings.catch_warnings():
+        with collecting_later(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.device("meta"):
                 backbone = load_backbone(name, pretrained=False, img_size=img_size)
             surveyed = survey(backbone)
-            return _row(name, backbone, surveyed)
+            return _row(name, backbone, surveyed, schemes)
     except Exception as error:  # code of a thousand models: one that fails must not stop the listing
         return _failed(name, _one_line(error))
 
 
-@contextmanager
-def _collecting_later() -> Iterator[None]:
-    """Hold the garbage collector: for each graph it would walk through all of torch, a quarter of a survey's time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _row(name: str, backbone: Backbone, surveyed: Survey) -> ArchitectureRow:
-    reasons = fitting_schemes(surveyed)
+def _row(name: str, backbone: Backbone, surveyed: Survey, schemes: Sequence[str]) -> ArchitectureRow:
+    reasons = explain_misfits(surveyed, schemes)
     return ArchitectureRow(
         name=name,
         input_size=backbone.preprocessing.input_size,
         parameters=sum(item.numel() for item in backbone.model.parameters()),
         site_counts=dict(Counter(site.kind for site in surveyed.sites)),
-        schemes=tuple(_scheme_row(backbone, surveyed, scheme, reasons[scheme]) for scheme in placing_schemes()),
+        schemes=tuple(_scheme_row(backbone, surveyed, scheme, reasons[scheme]) for scheme in schemes),
     )
 
 
@@ -186,13 +174,12 @@ def _scheme_row(backbone: Backbone, surveyed: Survey, scheme: str, reason: str |
             reason = error.message
     if reason is not None:
         return SchemeRow(name=scheme, sites=0, parameters=0, share=0.0, reason=reason)
-    trained = sum(item.parameters for item in summarise_adapters(plan))
-    if plan.trainable:
-        own = dict(backbone.model.named_parameters())
-        trained += sum(own[name].numel() for name in plan.trainable)
-    trained += sum(math.prod(surveyed.tensors[name].shape) for name in plan.deltas)
+    trained = count_trained(backbone, surveyed, plan)
     share = trained / max(1, backbone.base.parameters)
-    return SchemeRow(name=scheme, sites=len(plan.insertions), parameters=trained, share=share, reason=None)
+    tensors = len(plan.trainable) + len(plan.deltas)
+    return SchemeRow(
+        name=scheme, sites=len(plan.insertions), parameters=trained, share=share, reason=None, tensors=tensors
+    )
 
 
 def _failed(name: str, reason: str) -> ArchitectureRow:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from cadapt.adapters import SCHEMES
 from cadapt.backbone import Backbone, check_architecture, load_backbone
 from cadapt.costing import cost
-from cadapt.describe.adapters import AdapterSummary, summarise_adapters
-from cadapt.planning import Survey, fitting_schemes, plan_insertions, survey
+from cadapt.describe.garbage import collecting_later
+from cadapt.describe.schemes import USUAL_SCHEMES, SchemeSummary, summarise_schemes
+from cadapt.planning import survey
 from cadapt.site import Site
-from cadapt.surgery import operate
 
 SCHEMA = 1
-_BATCH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +28,6 @@ class StageSummary:
     blocks: int
     convs: int
     out_shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchemeSummary:
-    """What a scheme would add under its defaults, head left out; ``reason`` says why where it does not fit.
-
-    ``macs_added`` is per picture; ``activation_bytes`` is what training keeps for backward, per picture.
-    """
-
-    name: str
-    sites: int
-    parameters: int
-    share: float
-    macs_added: int
-    activation_bytes: int
-    reason: str | None
-    adapters: tuple[AdapterSummary, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +48,40 @@ class ModelSummary:
         return {"schema": SCHEMA, "kind": "model", **asdict(self), "site_counts": dict(counts)}
 
 
-def describe_architecture(name: str, img_size: int | None = None) -> ModelSummary:
-    """Describe a timm architecture, without its weights.
+def describe_architecture(
+    name: str,
+    img_size: int | None = None,
+    schemes: Sequence[str] = USUAL_SCHEMES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ModelSummary:
+    """Describe a timm architecture, without its weights; arguments as :func:`summarise` takes them.
 
     Raises:
-        UsageError: there is no such architecture.
+        UsageError: there is no such architecture or scheme.
     """
     check_architecture(name)
     with torch.device("meta"):
         backbone = load_backbone(name, pretrained=False, img_size=img_size)
-    return summarise(backbone)
+    return summarise(backbone, schemes, progress)
 
 
-def summarise(backbone: Backbone) -> ModelSummary:
-    """Describe a base: its structure, and what each scheme would add."""
-    surveyed = survey(backbone)
-    size = backbone.preprocessing.input_size
-    plain = cost(backbone.model, size, training=False)
-    reasons = fitting_schemes(surveyed)
+def summarise(
+    backbone: Backbone,
+    schemes: Sequence[str] = USUAL_SCHEMES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ModelSummary:
+    """Describe a base: its structure, and what schemes would add.
+
+    Args:
+        backbone: the base; it is left as it was.
+        schemes: names of schemes, or of several joined by ``+``.
+        progress: called with how many schemes are done, and of how many.
+    """
+    with collecting_later():
+        surveyed = survey(backbone)
+        size = backbone.preprocessing.input_size
+        plain = cost(backbone.model, size, training=False)
+        summaries = summarise_schemes(backbone, surveyed, schemes, plain.macs, progress)
     return ModelSummary(
         name=backbone.base.name,
         parameters=plain.parameters,
@@ -91,7 +89,7 @@ def summarise(backbone: Backbone) -> ModelSummary:
         input_size=size,
         stages=_stages(surveyed.sites),
         sites=surveyed.sites,
-        schemes=tuple(_scheme(backbone, surveyed, name, reasons[name], plain.macs) for name in SCHEMES),
+        schemes=summaries,
     )
 
 
@@ -106,26 +104,4 @@ def _stages(sites: tuple[Site, ...]) -> tuple[StageSummary, ...]:
         )
         for site in sites
         if site.kind == "stage"
-    )
-
-
-def _scheme(backbone: Backbone, surveyed: Survey, name: str, reason: str | None, base_macs: int) -> SchemeSummary:
-    if reason is not None:
-        return SchemeSummary(
-            name=name, sites=0, parameters=0, share=0.0, macs_added=0, activation_bytes=0, reason=reason
-        )
-    plan = plan_insertions(backbone, name, surveyed=surveyed)
-    model = operate(backbone, plan, surveyed)
-    # without a head nothing of a linear probe trains; the input of the classifier is all that its training keeps
-    # two pictures: a batch norm that trains has no statistics of one picture whose maps are a single pixel
-    spent = cost(model, backbone.preprocessing.input_size, batch=_BATCH)
-    return SchemeSummary(
-        name=name,
-        sites=len(plan.insertions),
-        parameters=spent.trainable_parameters,
-        share=spent.trainable_parameters / max(1, backbone.base.parameters),
-        macs_added=spent.macs - base_macs,
-        activation_bytes=spent.activation_bytes // _BATCH,
-        reason=None,
-        adapters=summarise_adapters(plan),
     )

@@ -6,25 +6,43 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cadapt.report.console import amount, count, literal, new_table, number_of, percent, stderr_console
+from cadapt.report.console import amount, count, literal, new_table, number_of, stderr_console
+from cadapt.report.schemes import show_schemes
 from cadapt.report.training_record import tell_training
 
 if TYPE_CHECKING:
     from cadapt.bundle import Header
     from cadapt.describe.model import ModelSummary
+    from cadapt.plan import Plan
     from cadapt.site import Site
 
 _LONGEST = 1000
+# every layer with weights is one: hundreds, and nothing is told of them but their place
+_UNLISTED = "layer"
 
 
-def show_model(summary: ModelSummary, *, sites: bool) -> None:
-    """Show stages, schemes, and with ``sites`` every place where an adapter can join."""
+def show_model(summary: ModelSummary, *, sites: bool, only_schemes: bool = False) -> None:
+    """Show stages and schemes, and with ``sites`` the places where adapters can join; or, of all this, the schemes."""
     console = stderr_console()
     size = "×".join(map(str, summary.input_size))
     console.print(
         f"[bold]{literal(summary.name)}[/]: {count(summary.parameters)} parameters, "
         f"{summary.macs / 1e9:.2f} GMAC at {size}"
     )
+    if not only_schemes:
+        _show_structure(summary)
+    if sites:
+        console.print(_site_table(summary))
+        layers = sum(site.kind == _UNLISTED for site in summary.sites)
+        if layers:
+            console.print(f"and {number_of(layers, f'{_UNLISTED} site')}: --json lists them", style="dim")
+    show_schemes(summary.schemes)
+    if not only_schemes:
+        console.print(f"all schemes: cadapt inspect {literal(summary.name)} --schemes", style="dim")
+
+
+def _show_structure(summary: ModelSummary) -> None:
+    console = stderr_console()
     counts = Counter(site.kind for site in summary.sites)
     console.print("sites: " + (", ".join(f"{number} {kind}" for kind, number in counts.items()) or "none"))
     if summary.stages:
@@ -33,16 +51,12 @@ def show_model(summary: ModelSummary, *, sites: bool) -> None:
             shape = "×".join(map(str, stage.out_shape))
             table.add_row(str(stage.index), literal(stage.path), str(stage.blocks), str(stage.convs), shape)
         console.print(table)
-    if sites:
-        console.print(_site_table(summary))
-    console.print(_scheme_table(summary))
-    console.print("head left out; activations are what training keeps for backward, a picture", style="dim")
 
 
 def _site_table(summary: ModelSummary) -> Any:
     columns = ("site", "kind", "in", "out", "layout", "K", "adapter's K")
     table = new_table(*columns, "stride>", "groups>", "σ", "stage>", "operator")
-    for site in summary.sites:
+    for site in (site for site in summary.sites if site.kind != _UNLISTED):
         table.add_row(
             literal(site.name),
             site.kind,
@@ -78,24 +92,6 @@ def _adapter_kernels(summary: ModelSummary, site: Site) -> str:
     return ", ".join(f"{kernel} {'/'.join(names)}" for kernel, names in schemes.items())
 
 
-def _scheme_table(summary: ModelSummary) -> Any:
-    table = new_table("scheme", "sites>", "trainable>", "%>", "MACs added>", "activations>", "")
-    for scheme in summary.schemes:
-        if scheme.reason is not None:
-            table.add_row(scheme.name, "–", "–", "–", "–", "–", f"does not fit: {literal(scheme.reason)}")
-            continue
-        table.add_row(
-            scheme.name,
-            str(scheme.sites),
-            count(scheme.parameters),
-            percent(scheme.share),
-            amount(scheme.macs_added, ""),
-            amount(scheme.activation_bytes),
-            "",
-        )
-    return table
-
-
 def show_header(header: Header, name: str) -> None:
     """Show everything an adapter file says about itself."""
     plan, console = header.plan, stderr_console()
@@ -105,6 +101,7 @@ def show_header(header: Header, name: str) -> None:
         "scheme": plan.scheme + "".join(f" {key}={value}" for key, value in plan.settings.items()),
         "base": f"{base.name} ({origin}), {count(base.parameters)} parameters, SHA-256 {base.sha256[:16]}…",
         "adapters": f"{len(plan.insertions)}",
+        **_changes(plan),
         "tensors": f"{len(header.tensors)}, {amount(sum(item.bytes for item in header.tensors.values()))}",
         "head": "none yet: cadapt train adds it"
         if plan.head is None
@@ -125,6 +122,16 @@ def show_header(header: Header, name: str) -> None:
     for key, value in tell_training(header.training).items():
         table.add_row(literal(key), literal(value))
     console.print(table)
+
+
+def _changes(plan: Plan) -> dict[str, str]:
+    """The tensors of the base that a plan changes, where it does."""
+    found = {}
+    if plan.deltas:
+        found["differences"] = f"learned for {number_of(len(plan.deltas), 'tensor')} of the base"
+    if plan.trainable:
+        found["trained"] = f"{number_of(len(plan.trainable), 'tensor')} of the base's own"
+    return found
 
 
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:

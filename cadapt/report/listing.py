@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
 from cadapt.report.console import literal, new_table, percent, stderr_console
+from cadapt.report.schemes import shown_number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,23 +21,6 @@ _GAP = 1
 _NONE = "–"
 
 
-@contextmanager
-def show_surveying(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show how many models are surveyed; nothing where stderr is no terminal.
-
-    Yields a function that is called with the models done and in all.
-    """
-    console = stderr_console()
-    columns = (TextColumn("surveying models"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        yield advance
-
-
 def show_listing(listing: Listing) -> None:
     """Show the table, in parts where the terminal is narrow, and under it what does not fit and what failed."""
     console = stderr_console()
@@ -51,14 +32,19 @@ def show_listing(listing: Listing) -> None:
     for part in _parts(names, [*facts, *schemes], console.width):
         _print_table(console, part)
         console.print()
-    console.print(
-        "under a scheme: its adapters, and their parameters as a share of the backbone's, head left out", style="dim"
-    )
+    console.print(f"under a scheme: its adapters{_tensors(listing)}, and what trains as a share of the backbone's "
+                  "parameters, head left out", style="dim")  # fmt: skip
     for reason, misfits in _misfits(listing).items():
         console.print(f"does not fit: {literal(reason)}: {literal(misfits)}", soft_wrap=False)
     for reason, models in _grouped((row.error, row.name) for row in listing.models if row.error).items():
         console.print(f"could not be surveyed: {literal(reason)}: {literal(', '.join(models))}", style="yellow")
     console.print(_summary(listing))
+
+
+def _tensors(listing: Listing) -> str:
+    """What a number with a t means, where one is shown."""
+    shown = any(scheme.tensors for row in listing.models for scheme in row.schemes)
+    return " (t: tensors of the base that train or get a learned difference)" if shown else ""
 
 
 def _summary(listing: Listing) -> str:
@@ -80,7 +66,9 @@ def _scheme_column(listing: Listing, place: int) -> _Column:
     shares = [_share(item) for item in found]
     width = max(map(len, shares))
     cells = [
-        _NONE if item is None or item.reason is not None else f"{item.sites} {share:>{width}}"
+        _NONE
+        if item is None or item.reason is not None
+        else f"{shown_number(item.sites, item.tensors)} {share:>{width}}"
         for item, share in zip(found, shares, strict=True)
     ]
     return f"{listing.schemes[place]}>", cells
