@@ -69,13 +69,15 @@ def train_mode(model: nn.Module, scheme: str) -> nn.Module:
 
 
 def step(model: nn.Module, images: torch.Tensor, lr: float = 0.1) -> dict[str, torch.Tensor | None]:
-    """Take one plain SGD step on a loss that reaches every logit; return the gradients by name."""
+    """Take one SGD step on a loss that reaches every logit, gradients clipped to norm 1; return them by name."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     weights = torch.linspace(-1.0, 1.0, model(images).shape[1], dtype=images.dtype)
     (model(images) * weights).square().sum().backward()
     grads = {name: parameter.grad for name, parameter in trainable.items()}
+    # adapters with noise on dozens of layers can give logits in the hundreds: unclipped, the step would overflow
+    norm = torch.stack([grad.norm() for grad in grads.values() if grad is not None]).norm()
     with torch.no_grad():
         for name, grad in grads.items():
             if grad is not None:
-                trainable[name].sub_(lr * grad)
+                trainable[name].sub_(lr / max(1.0, float(norm)) * grad)
     return grads
