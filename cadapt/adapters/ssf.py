@@ -18,7 +18,7 @@ from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme
 from cadapt.plan import Form
 from cadapt.site import Layout, Site
 
-# layers whose last step is their own weight and bias; exact types, for a subclass may do more behind it
+# layers whose last step is their own weight and bias
 _MULTIPLYING = (nn.Conv2d, layers.Conv2dSame, nn.Linear, layers.Linear)
 _NORMS = (
     nn.BatchNorm2d,
@@ -89,7 +89,8 @@ def _select(sites: Iterable[Site], config: ScaleShiftConfig) -> tuple[Placement,
 def _merge(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) -> MergedLayer | Refusal:
     """Fold γ and β into the layer before them, section 3.3: W' = γW, b' = γb + β, in fp64.
 
-    In a convolution or linear layer γ scales the rows of W, in a norm its weight. A layer without a bias gets β as one.
+    In a convolution or linear layer γ scales the rows of W, and β becomes its bias where it has none; in a norm γ
+    scales its weight.
     """
     reason = _explain_unmergeable(layer)
     if reason is not None:
@@ -105,17 +106,27 @@ def _merge(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) 
 def _explain_unmergeable(layer: nn.Module | None) -> str | None:
     """Why a layer cannot take scale and shift up, or None where it can."""
     kind = type(layer).__name__
-    if type(layer) in (*_MULTIPLYING, *_NORMS):
+    if type(layer) in _MULTIPLYING:
         return None
-    if type(layer) not in _NORMS_WITH_ACTIVATION:
+    if not _runs_as(layer, (*_NORMS, *_NORMS_WITH_ACTIVATION)):
         if isinstance(layer, nn.Conv2d):
             return f"the weight of a {kind} is computed at run time, not a plain kernel"
         return f"a {kind} is no plain convolution, linear layer or norm, whose last step is its weight and bias"
     parts: Any = layer
+    if parts.bias is None:
+        # one that was traced through would go on without the bias it is given
+        return f"the {kind} has no bias that could take the shift up"
+    if not _runs_as(layer, _NORMS_WITH_ACTIVATION):
+        return None
     behind = next((part for part in (parts.drop, parts.act) if not isinstance(part, nn.Identity)), None)
-    if behind is not None:
-        return f"the {type(behind).__name__} inside the {kind} stands between its weight and this scale"
-    return None
+    if behind is None:
+        return None
+    return f"the {type(behind).__name__} inside the {kind} stands between its weight and this scale"
+
+
+def _runs_as(layer: nn.Module | None, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a layer computes what one of some types does: a subclass with other settings does, too."""
+    return any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in kinds)
 
 
 SCHEMES = (

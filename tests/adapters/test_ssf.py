@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from timm import layers
+from timm.models.metaformer import LayerNorm2dNoBias
 from torch import nn
 
 from cadapt.adapters import MergedLayer, Refusal, get_scheme
@@ -133,7 +134,7 @@ TAKING: list[tuple[nn.Module, Layout, tuple[int, ...]]] = [
     (nn.BatchNorm2d(12), "NCHW", NORMED["NCHW"]),
     (layers.BatchNormAct2d(12, apply_act=False), "NCHW", NORMED["NCHW"]),
     (nn.LayerNorm(12), "NLC", NORMED["NLC"]),
-    (nn.LayerNorm(12, bias=False), "NC", NORMED["NC"]),
+    (nn.LayerNorm(12), "NC", NORMED["NC"]),
     (layers.LayerNorm(12), "NHWC", NORMED["NHWC"]),
     (layers.LayerNorm2d(12), "NCHW", NORMED["NCHW"]),
     (nn.GroupNorm(4, 12), "NCHW", NORMED["NCHW"]),
@@ -159,11 +160,20 @@ def test_a_layer_takes_scale_and_shift_up(layer: nn.Module, layout: Layout, shap
         torch.testing.assert_close(merged(x), wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
 
 
+class Doubling(nn.LayerNorm):
+    """A norm that does more behind its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
 REFUSING: list[tuple[nn.Module | None, str]] = [
     (layers.StdConv2d(8, 8, 3), "weight of a StdConv2d is computed at run time"),
     (layers.ScaledStdConv2dSame(8, 8, 3), "weight of a ScaledStdConv2dSame is computed at run time"),
     (layers.BatchNormAct2d(8), "ReLU inside the BatchNormAct2d stands between its weight and this scale"),
     (layers.GroupNormAct(8, 4), "ReLU inside the GroupNormAct"),
+    (LayerNorm2dNoBias(8), "the LayerNorm2dNoBias has no bias that could take the shift up"),
+    (Doubling(8), "Doubling is no plain"),
     (layers.RmsNorm(8), "RmsNorm is no plain convolution, linear layer or norm"),
     (layers.EvoNorm2dS0(8, group_size=4), "EvoNorm2dS0 is no plain"),
     (None, "is no plain"),
