@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cadapt.adapters import get_scheme
+from cadapt.graph.operators import shape_of
 from cadapt.plan import Form, Insertion, Plan
+from cadapt.planning import Survey
 from cadapt.site import Pair, Site, SiteKind
 
 Settings = tuple[tuple[str, Any], ...]
@@ -34,9 +36,24 @@ def summarise_adapters(plan: Plan) -> tuple[AdapterSummary, ...]:
     return tuple(_summarise(insertion) for insertion in plan.insertions)
 
 
-def count_adapter_macs(plan: Plan) -> int:
+def count_adapter_macs(plan: Plan, surveyed: Survey) -> int:
     """Multiply–accumulates that a plan's adapters add to one picture's forward pass, by the convention ``macs``."""
-    return sum(_count_macs(*_likeness(insertion)) for insertion in plan.insertions)
+    given = next(node for node in surveyed.graph.nodes if node.op == "placeholder")
+    located = {(item.site.kind, item.site.path, item.site.call): item for item in surveyed.located}
+    total = 0
+    for insertion in plan.insertions:
+        site = insertion.site
+        place = located[site.kind, site.path, site.call]
+        # inside window attention the windows of a picture stand side by side as items of the batch
+        items = _batch_of(place.output if insertion.form == "sequential" else place.input)
+        total += _count_macs(*_likeness(insertion)) * items // _batch_of(given)
+    return total
+
+
+def _batch_of(node: fx.Node) -> int:
+    shape = shape_of(node)
+    assert shape is not None, node
+    return shape[0]
 
 
 def _summarise(insertion: Insertion) -> AdapterSummary:

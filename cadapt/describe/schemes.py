@@ -121,7 +121,7 @@ def _summarise(
             name=name, sites=0, parameters=0, share=0.0, macs_added=0, activation_bytes=0, reason=reason
         )
     plan = plan_insertions(twin, name, surveyed=surveyed)
-    macs, trained = count_adapter_macs(plan), count_trained(twin, surveyed, plan)
+    macs, trained = count_adapter_macs(plan, surveyed), count_trained(twin, surveyed, plan)
     outcomes = rules.ask(plan)
     return SchemeSummary(
         name=name,

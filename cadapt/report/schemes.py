@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ def show_schemes(schemes: Sequence[SchemeSummary]) -> None:
     if fitting:
         console.print(_table(fitting, marks), width=width)
         console.print(_CAPTION, style="dim", width=width)
-    for reason, mark in marks.items():
+    for mark, reason in _shown_reasons(fitting, marks).items():
         console.print(f"({mark}) {literal(reason)}", width=width)
     for reason, names in _group_misfits(schemes).items():
         console.print(f"does not fit: {literal(', '.join(names))}: {literal(reason)}", width=width)
@@ -71,13 +72,26 @@ def _merging(scheme: SchemeSummary, marks: dict[str, int]) -> str:
     """Whether nothing is left of the adapters, with the numbers of the reasons against it."""
     if scheme.merged == scheme.sites:
         return "yes"
-    numbers = ", ".join(str(marks[reason]) for reason in scheme.merge_reasons)
+    numbers = ", ".join(str(mark) for mark in dict.fromkeys(marks[_gist(reason)] for reason in scheme.merge_reasons))
     return f"{scheme.merged} of {scheme.sites} ({numbers})" if scheme.merged else f"no ({numbers})"
 
 
+def _gist(reason: str) -> str:
+    """A reason without its figures: what several sites have in common."""
+    return re.sub(r"\d+", "#", reason)
+
+
 def _number_reasons(schemes: Sequence[SchemeSummary]) -> dict[str, int]:
-    reasons = dict.fromkeys(reason for scheme in schemes for reason in scheme.merge_reasons)
-    return {reason: place for place, reason in enumerate(reasons, start=1)}
+    gists = dict.fromkeys(_gist(reason) for scheme in schemes for reason in scheme.merge_reasons)
+    return {gist: place for place, gist in enumerate(gists, start=1)}
+
+
+def _shown_reasons(schemes: Sequence[SchemeSummary], marks: dict[str, int]) -> dict[int, str]:
+    """For each number its reason, the first as an example where they differ in figures."""
+    found: dict[int, list[str]] = {}
+    for reason in dict.fromkeys(reason for scheme in schemes for reason in scheme.merge_reasons):
+        found.setdefault(marks[_gist(reason)], []).append(reason)
+    return {mark: f"{'' if len(reasons) == 1 else 'e.g. '}{reasons[0]}" for mark, reasons in found.items()}
 
 
 def _group_misfits(schemes: Sequence[SchemeSummary]) -> dict[str, list[str]]:

@@ -6,20 +6,27 @@ import pytest
 import timm
 
 from cadapt.describe import listing
-from cadapt.describe.listing import list_architectures, placing_schemes, survey_architecture
+from cadapt.describe.listing import USUAL_COLUMNS, list_architectures, survey_architecture
 from cadapt.describe.model import describe_architecture
 from cadapt.errors import CadaptError, UsageError
 from cadapt.planning import survey
 
 
 def test_a_row_says_what_the_model_in_depth_says() -> None:
-    row, model = survey_architecture("test_resnet"), describe_architecture("test_resnet")
+    names = ("lora", "bias", "conv-par", "consolidator+norm", "full", "convpass")
+    row = survey_architecture("test_resnet", schemes=names)
+    model = describe_architecture("test_resnet", schemes=names)
     assert (row.error, row.parameters, row.input_size) == (None, model.parameters, model.input_size)
     assert row.site_counts == model.to_json()["site_counts"]
-    figures = {item.name: (item.sites, item.parameters, item.share, item.reason) for item in model.schemes}
-    assert {item.name: (item.sites, item.parameters, item.share, item.reason) for item in row.schemes} == {
-        name: figures[name] for name in placing_schemes()
-    }
+    figures = ("name", "sites", "tensors", "parameters", "share", "reason")
+    assert [[getattr(item, name) for name in figures] for item in row.schemes] == [
+        [getattr(item, name) for name in figures] for item in model.schemes
+    ]
+
+
+def test_the_usual_columns_are_those_of_the_main_method() -> None:
+    assert [item.name for item in survey_architecture("test_resnet").schemes] == list(USUAL_COLUMNS)
+    assert USUAL_COLUMNS == ("conv-par", "conv-seq", "res-par", "res-seq")
 
 
 def test_adapters_of_a_model_have_their_own_kernels_and_parameters() -> None:

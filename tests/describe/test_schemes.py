@@ -1,0 +1,65 @@
+"""The figures of a scheme, counted adapter by adapter, are those of the adapted model as a whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from cadapt.adapters import SCHEMES
+from cadapt.costing import cost
+from cadapt.describe.model import summarise
+from cadapt.describe.schemes import SchemeSummary, all_schemes, read_schemes
+from cadapt.errors import UsageError
+from cadapt.plan import Plan
+from cadapt.planning import plan_insertions
+from cadapt.surgery import operate
+from tests.contract.cases import planned
+from tests.models import BASES, surveyed
+
+TRAITS = ("plain", "class-token", "windowed", "same-padded")
+JOINED = "consolidator+bias+norm"
+
+
+@pytest.fixture(scope="module", params=TRAITS)
+def compared(request: pytest.FixtureRequest) -> tuple[str, dict[str, SchemeSummary]]:
+    summary = summarise(surveyed(request.param)[0], (*all_schemes(), JOINED))
+    return request.param, {item.name: item for item in summary.schemes}
+
+
+def test_every_scheme_fits_or_says_why_not(compared: tuple[str, dict[str, SchemeSummary]]) -> None:
+    trait, schemes = compared
+    assert list(schemes) == [*SCHEMES, JOINED]
+    for name in SCHEMES:
+        assert (schemes[name].reason is None) == isinstance(planned(trait, name), Plan), name
+
+
+def test_figures_are_those_of_the_whole_model(compared: tuple[str, dict[str, SchemeSummary]]) -> None:
+    trait, schemes = compared
+    backbone, sites = surveyed(trait)
+    size = backbone.preprocessing.input_size
+    base = cost(backbone.model, size, training=False)
+    for summary in schemes.values():
+        if summary.reason is not None:
+            continue
+        plan = plan_insertions(backbone, summary.name, surveyed=sites)
+        whole = cost(operate(backbone, plan, sites), size, batch=2)
+        assert (summary.sites, summary.tensors) == (len(plan.insertions), len(plan.deltas) + len(plan.trainable))
+        assert summary.parameters == whole.trainable_parameters, summary.name
+        assert summary.macs_added == whole.macs - base.macs, summary.name
+        assert summary.activation_bytes == whole.activation_bytes // 2, summary.name
+        assert summary.merged + sum(summary.merge_reasons.values()) == summary.sites
+
+
+def test_a_sum_of_schemes_that_does_not_fit_says_which() -> None:
+    (summary,) = summarise(surveyed("plain")[0], ("lora+convpass",)).schemes
+    assert (summary.reason or "").startswith("convpass: it has no attention")
+
+
+def test_names_come_apart_at_commas() -> None:
+    assert read_schemes(["lora,ssf", "bias+norm", "lora"]) == ("lora", "ssf", "bias+norm")
+    assert read_schemes([]) == ()
+    with pytest.raises(UsageError, match="unknown scheme 'lorra'"):
+        read_schemes(["lorra"])
+
+
+def test_the_traits_are_bases() -> None:
+    assert set(TRAITS) <= set(BASES)
