@@ -36,6 +36,8 @@ class LiteResidualConfig:
         pool: side of the average pool. A side that it would bring to one pixel is averaged as a whole.
         groups: of the first conv; they must divide the block's input channels.
         expand: the branch's width over the input channels; the width is rounded to a multiple of 8 (and of ``groups``).
+            The paper's nets have narrow blocks; beside those of a ResNet or a ViT the default is larger than the block
+            itself, and a small ``expand`` with more ``groups`` keeps it small.
 
     Raises:
         UsageError: an even kernel, or a value out of its range.
