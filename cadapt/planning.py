@@ -115,10 +115,11 @@ def plan_insertions(
 
 
 def _insertions(method: Scheme, config: Any, placements: Sequence[Placement]) -> Iterator[Insertion]:
+    reasons = {item.site.path: method.fits(item.site, item.form, config) for item in placements}
+    misfits = {path: reason for path, reason in reasons.items() if reason is not None}
+    if misfits:
+        raise _misfit(method, misfits, config)
     for item in placements:
-        reason = method.fits(item.site, item.form, config)
-        if reason is not None:
-            raise _misfit(method, item, reason, config)
         yield Insertion(site=item.site, scheme=method.name, form=item.form, config=asdict(config))
 
 
@@ -153,11 +154,19 @@ def _nothing_to_adapt(backbone: Backbone, method: Scheme, surveyed: Survey) -> C
     )
 
 
-def _misfit(method: Scheme, placement: Placement, reason: str, config: Any) -> UsageError:
-    hint = "leave the site out: --exclude " + repr(placement.site.path)
+_SHOWN = 3
+
+
+def _misfit(method: Scheme, misfits: Mapping[str, str], config: Any) -> UsageError:
+    path, reason = next(iter(misfits.items()))
+    shown = " ".join(f"--exclude {name!r}" for name in list(misfits)[:_SHOWN])
+    hint = f"leave the site out: {shown}"
+    if len(misfits) > 1:
+        rest = f" and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
+        hint = f"leave {len(misfits)} such sites out: {shown}{rest} (globs work)"
     if getattr(config, "gamma", None) is not None:
         hint = "leave out --gamma for 4, taken to the nearest width that divides, or " + hint
-    return UsageError(f"cannot put {method.name} at '{placement.site.name}': {reason}", hint=hint)
+    return UsageError(f"cannot put {method.name} at '{path or 'input'}': {reason}", hint=hint)
 
 
 def _filter(paths: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> set[str]:

@@ -47,8 +47,9 @@ def explain_grid(site: Site, form: Form) -> str | None:
         sides.insert(0, ("input", site.in_shape, site.grid))
     for name, shape, grid in sides:
         if grid is None:
-            tokens = f"its {shape[0]} tokens lie on no grid that is known" if site.layout == "NLC" else "it has no grid"
-            return f"{tokens}, so that no convolution could work"
+            tokens = f"its {shape[0]} tokens lie" if shape[0] > 1 else "its single token lies"
+            where = f"{tokens} on no grid that is known" if site.layout == "NLC" else "it has no grid"
+            return f"{where}, so that no convolution could work"
         if site.layout == "NLC" and shape[0] != site.prefix_tokens + grid[0] * grid[1]:
             sides_shown = f"{grid[0]}×{grid[1]}"
             return f"its {name}'s {shape[0]} tokens are not {site.prefix_tokens} prefix tokens and a {sides_shown} grid"

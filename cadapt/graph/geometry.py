@@ -109,7 +109,7 @@ def _mixes_last(node: fx.Node, model: nn.Module) -> bool:
 
 
 def usual_activation(nodes: Iterable[fx.Node], model: nn.Module) -> str | None:
-    """The most frequent non-linearity; gates and softmax are none."""
-    names = Counter(activation_of(node, model) for node in nodes)
+    """The most frequent non-linearity on what depends on the input; gates and softmax are none."""
+    names = Counter(activation_of(node, model) for node in nodes if node.meta.get("from_input", True))
     usual = [(count, name) for name, count in names.items() if name is not None and name not in GATES]
     return max(usual, key=lambda item: item[0])[1] if usual else None
