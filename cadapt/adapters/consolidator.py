@@ -1,8 +1,8 @@
 """Consolidator: grouped linear maps beside every linear layer and 1×1 conv, which fold into it after training.
 
 Hao et al., "Consolidator: Mergeable Adapter with Grouped Connections for Visual Adaptation", ICLR 2023, arXiv
-2305.00603: y = W₀x + b₀ + Σ_b DropPath_p(G_b P_b x + β_b). Of its two consolidations ``pack_branches`` is the one between
-training and storage, ``merge_branches`` the one between loading and inference.
+2305.00603: y = W₀x + b₀ + Σ_b DropPath_p(G_b P_b x + β_b). Of its two consolidations ``pack_branches`` is the one
+between training and storage, ``merge_branches`` the one between loading and inference.
 """
 
 from __future__ import annotations

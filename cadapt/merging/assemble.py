@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -21,14 +21,15 @@ from cadapt.graph.sites import locate_sites
 from cadapt.hashing import hash_tensors
 from cadapt.merging.bias import move_biases
 from cadapt.merging.checkpoint import why_not_timm
+from cadapt.merging.differences import absorb_deltas, bias_of, describe_deltas, new_biases
 from cadapt.merging.report import EndToEnd, MergeReport, SiteMerge
 from cadapt.merging.sites import BOUND_FP64, Decision, decide, find_obstacle
+from cadapt.merging.whole import Logits, compare_logits, effect_on_logits, make_batch
 from cadapt.plan import Base
 from cadapt.planning import Survey
 from cadapt.surgery import adapter_path, operate
 
 BOUND_END_TO_END = 1e-10
-_IMAGES = 4
 
 
 def merge(
@@ -65,17 +66,18 @@ def merge(
     surveyed = Survey(graph=adapted.base_graph, located=locate_sites(adapted.base_graph, base))
     decisions = _decide_all(adapted, base, surveyed)
     merged = _assemble(adapted, base, surveyed, decisions)
-    rows = _settle_biases(merged, plain, decisions, model.plan.deltas)
-    batch = _batch(adapted, images)
-    exact = _compare(adapted, merged, batch)
+    new = [path for path in new_biases(plain, model.plan.deltas) if bias_of(base, path) is not None]
+    rows = _settle_biases(merged, plain, decisions, new)
+    batch = make_batch(adapted, images)
+    exact = compare_logits(adapted, merged, batch)
     _require_equal(exact, adapted)
-    effect = _effect(adapted, batch)
+    effect = effect_on_logits(adapted, batch)
     merged.to(dtype)
     # what the scheme tuned of the base can still be switched off
     merged._pristine = {name: value.to(dtype) for name, value in adapted._pristine.items()}
     if model.plan.deltas or any(row.status == "exact" for row in rows):
         merged.plan = replace(merged.plan, base=_identify(merged))
-    rounded = _compare(adapted.to(dtype), merged, batch.to(dtype))
+    rounded = compare_logits(adapted.to(dtype), merged, batch.to(dtype))
     end_to_end = EndToEnd(
         images=len(batch),
         random_images=images is None,
@@ -85,7 +87,11 @@ def merge(
         logit_effect=effect,
         agreement=rounded.agreement,
     )
-    report = _report(model, merged, rows, end_to_end)
+    summary = _summary(model, rows)
+    if model.plan.deltas:
+        taken = describe_deltas(len(model.plan.deltas), new, merged)
+        summary = f"{summary}; {taken}" if rows else taken
+    report = _report(model, merged, rows, end_to_end, summary)
     return merged.to(device), report
 
 
@@ -109,23 +115,6 @@ def _bare_base(model: AdaptedModel) -> nn.Module:
     base._buffers.update(model._buffers)
     base._non_persistent_buffers_set.update(model._non_persistent_buffers_set)
     return base.eval()
-
-
-@torch.no_grad()
-def absorb_deltas(base: nn.Module, adapted: AdaptedModel) -> nn.Module:
-    """A copy of the base with the task's differences added to its tensors, and with the biases that are new."""
-    if not adapted.plan.deltas:
-        return base
-    changed = copy.deepcopy(base)
-    group = adapted.get_submodule(f"{ADAPTERS}.delta")
-    for name in adapted.plan.deltas:
-        owner, _, leaf = name.rpartition(".")
-        delta = group.get_parameter(name.replace(".", "__")).detach()
-        layer = changed.get_submodule(owner)
-        own = getattr(layer, leaf)
-        total = delta.clone() if own is None else own + delta
-        setattr(layer, leaf, nn.Parameter(total, requires_grad=False))
-    return changed
 
 
 def _decide_all(model: AdaptedModel, base: nn.Module, surveyed: Survey) -> tuple[Decision, ...]:
@@ -173,71 +162,26 @@ def _assemble(model: AdaptedModel, base: nn.Module, surveyed: Survey, decisions:
 
 
 def _settle_biases(
-    merged: AdaptedModel, base: nn.Module, decisions: Sequence[Decision], deltas: Sequence[str]
+    merged: AdaptedModel, base: nn.Module, decisions: Sequence[Decision], new: Sequence[str]
 ) -> tuple[SiteMerge, ...]:
-    """Move biases that the base's layers had not to where they belong, and say so in the rows."""
+    """Move biases that the base's layers had not to where they belong, and say so in the rows.
+
+    ``new`` are the layers to which a learned difference gave one.
+    """
     paths = [decision.insertion.site.path for decision in decisions if decision.layer is not None]
-    paths += [name.removesuffix(".bias") for name in deltas if name.endswith(".bias")]
-    grown = {path for path in paths if _bias(base, path) is None and _bias(merged, path) is not None}
+    grown = {path for path in (*paths, *new) if bias_of(base, path) is None and bias_of(merged, path) is not None}
     notes = move_biases(merged, merged.graph, sorted(grown))
     rows = []
     for decision in decisions:
         row, path = decision.row, decision.insertion.site.path
         if decision.layer is not None and path in notes:
-            gone = _bias(merged, path) is None
+            gone = bias_of(merged, path) is None
             row = replace(row, note=notes[path], parameters_after=0 if gone else row.parameters_after)
         rows.append(row)
     return tuple(rows)
 
 
-def _bias(model: nn.Module, path: str) -> torch.Tensor | None:
-    value = getattr(model.get_submodule(path), "bias", None)
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def _batch(model: AdaptedModel, images: torch.Tensor | None) -> torch.Tensor:
-    if images is not None:
-        return images.detach().cpu().double()
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn((_IMAGES, *model.preprocessing.input_size), generator=generator, dtype=torch.float64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Logits:
-    error: float
-    scale: float
-    agreement: float
-
-
-@torch.no_grad()
-def _compare(adapted: nn.Module, merged: nn.Module, batch: torch.Tensor) -> _Logits:
-    wanted, got = adapted(batch).double(), merged(batch).double()
-    return _Logits(
-        error=float((wanted - got).abs().max()),
-        scale=float(wanted.abs().max()),
-        agreement=float((wanted.argmax(dim=1) == got.argmax(dim=1)).double().mean()),
-    )
-
-
-@torch.no_grad()
-def _effect(adapted: AdaptedModel, batch: torch.Tensor) -> float:
-    """The largest change of a logit that all adapters make together; the task's head stays on."""
-    paths = [adapter_path(insertion) for insertion in adapted.plan.insertions]
-    with_adapters = adapted(batch)
-    handles = [adapted.get_submodule(path).register_forward_hook(_silence) for path in paths]
-    try:
-        without = adapted(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return float((with_adapters - without).abs().max())
-
-
-def _silence(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(output)
-
-
-def _require_equal(found: _Logits, adapted: AdaptedModel) -> None:
+def _require_equal(found: Logits, adapted: AdaptedModel) -> None:
     if found.error <= BOUND_END_TO_END * max(found.scale, 1.0):
         return
     raise CadaptError(
@@ -266,7 +210,7 @@ def _identify(merged: AdaptedModel) -> Base:
 
 
 def _report(
-    model: AdaptedModel, merged: AdaptedModel, rows: tuple[SiteMerge, ...], end_to_end: EndToEnd
+    model: AdaptedModel, merged: AdaptedModel, rows: tuple[SiteMerge, ...], end_to_end: EndToEnd, summary: str
 ) -> MergeReport:
     before = cost(model, model.preprocessing.input_size, training=False)
     after = cost(merged, merged.preprocessing.input_size, training=False)
@@ -275,7 +219,7 @@ def _report(
         base=model.plan.base.name,
         scheme=model.plan.scheme,
         dtype=str(next(merged.parameters()).dtype).removeprefix("torch."),
-        summary=_summary(model, rows),
+        summary=summary,
         sites=rows,
         parameters_before=before.parameters,
         parameters_after=after.parameters,
@@ -283,6 +227,7 @@ def _report(
         macs_after=after.macs,
         end_to_end=end_to_end,
         verified=_is_verified(rows, end_to_end),
+        differences=len(model.plan.deltas),
         timm_loadable=reason is None,
         timm_reason=reason or "",
     )
@@ -296,15 +241,6 @@ def _is_verified(rows: Sequence[SiteMerge], end_to_end: EndToEnd) -> bool:
 
 
 def _summary(model: AdaptedModel, rows: Sequence[SiteMerge]) -> str:
-    adapters = _summary_of_adapters(model, rows)
-    deltas = len(model.plan.deltas)
-    if not deltas:
-        return adapters
-    taken = f"{deltas} of the base's tensors take their differences up exactly"
-    return f"{adapters}; {taken}" if rows else taken
-
-
-def _summary_of_adapters(model: AdaptedModel, rows: Sequence[SiteMerge]) -> str:
     if not rows and model.plan.trainable:
         return "nothing to merge: the trained tensors are the base's own, so it is already one model"
     if not rows:

@@ -59,9 +59,9 @@ class EndToEnd:
     """The adapted and the merged model on the same pictures.
 
     ``max_abs_error_fp64`` is the largest difference of a logit with both in fp64, ``max_abs_error`` in the merged
-    model's dtype. They are to be judged against ``logit_effect``, the largest change of a logit that the adapters make
-    together (0 where they do not reach the logits, and the comparison so proves nothing), and ``logit_scale``, the
-    largest logit. ``agreement`` is the share of equal predictions.
+    model's dtype. They are to be judged against ``logit_effect``, the largest change of a logit that adapters and
+    differences make together (0 where they do not reach the logits, and the comparison so proves nothing), and
+    ``logit_scale``, the largest logit. ``agreement`` is the share of equal predictions.
     """
 
     images: int
@@ -78,8 +78,9 @@ class MergeReport:
     """A whole merge.
 
     ``parameters`` and ``macs`` (of one image) are the models', before and after. ``verified`` says that every delivered
-    change and the model as a whole passed their checks in fp64. ``timm_loadable`` says whether the merged model is
-    the timm architecture again, ``timm_reason`` why it is not. ``summary`` is one sentence.
+    change and the model as a whole passed their checks in fp64. ``differences`` is how many of the base's own tensors
+    took a learned difference up. ``timm_loadable`` says whether the merged model is the timm architecture again,
+    ``timm_reason`` why it is not. ``summary`` is one sentence.
     """
 
     base: str
@@ -93,6 +94,7 @@ class MergeReport:
     macs_after: int
     end_to_end: EndToEnd
     verified: bool
+    differences: int = 0
     timm_loadable: bool
     timm_reason: str = ""
 

@@ -36,16 +36,17 @@ def summary_lines(report: MergeReport) -> tuple[str, ...]:
         f"parameters {count(report.parameters_before)} → {count(report.parameters_after)}, "
         f"MACs {amount(report.macs_before, '')} → {amount(report.macs_after, '')}"
     )
-    lines.append(_comparison(report.end_to_end, report.dtype, with_effect=bool(report.sites)))
+    source = "adapters" if report.sites else "differences" if report.differences else ""
+    lines.append(_comparison(report.end_to_end, report.dtype, source))
     lines.append("timm checkpoint: yes" if report.timm_loadable else f"timm checkpoint: no, {report.timm_reason}")
     if not report.verified:
         lines.append("NOT VERIFIED: a check in fp64 failed")
     return tuple(lines)
 
 
-def _comparison(found: EndToEnd, dtype: str, *, with_effect: bool) -> str:
+def _comparison(found: EndToEnd, dtype: str, source: str) -> str:
     kind = "random images" if found.random_images else "images"
-    effect = f", where the adapters change them by {found.logit_effect:.1e}" if with_effect else ""
+    effect = f", where the {source} change them by {found.logit_effect:.1e}" if source else ""
     return (
         f"end to end on {found.images} {kind}: logits differ by {found.max_abs_error_fp64:.1e} in float64 and "
         f"{found.max_abs_error:.1e} in {dtype}{effect}; "
