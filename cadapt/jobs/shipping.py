@@ -14,6 +14,7 @@ from cadapt.bundle import Bundle, bundle_bytes
 from cadapt.errors import CadaptError, UsageError, close_matches
 from cadapt.export import ExportReport, onnx_bytes
 from cadapt.jobs.judging import trained_model
+from cadapt.jobs.packing import pack_bundle
 from cadapt.merging import merge, timm_state_dict
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -32,12 +33,20 @@ class Shipment:
 def ship_adapter(bundle: Bundle, dtype: str = "fp32") -> Shipment:
     """The adapter file with its floating tensors in another dtype; buffers of counts stay whole numbers.
 
+    Adapters whose scheme has a form for storage (Consolidator's branches, summed into one sparse matrix) are in that
+    form, with its settings in the plan: an equal adapter of fewer numbers, computed in fp64 and rounded once.
+    ``packed`` of the facts counts them.
+
     Raises:
         UsageError: an unknown dtype.
         CadaptError: a value would overflow in it.
+        RefusedError: the tensors are not those the plan calls for.
     """
-    tensors = {name: _convert(name, tensor, dtype) for name, tensor in bundle.tensors.items()}
-    return Shipment(data=bundle_bytes(replace(bundle, tensors=tensors)), facts={"kind": "adapter", "dtype": dtype})
+    _check_dtype(dtype)
+    packed, count = pack_bundle(bundle)
+    tensors = {name: _convert(name, tensor, dtype) for name, tensor in packed.tensors.items()}
+    facts = {"kind": "adapter", "dtype": dtype, "packed": count}
+    return Shipment(data=bundle_bytes(replace(packed, tensors=tensors)), facts=facts)
 
 
 def ship_timm(
