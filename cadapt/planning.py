@@ -159,6 +159,8 @@ _SHOWN = 3
 
 def _misfit(method: Scheme, misfits: Mapping[str, str], config: Any) -> UsageError:
     path, reason = next(iter(misfits.items()))
+    if not path:
+        return UsageError(f"cannot put {method.name} at the input: {reason}")
     shown = " ".join(f"--exclude {name!r}" for name in list(misfits)[:_SHOWN])
     hint = f"leave the site out: {shown}"
     if len(misfits) > 1:
@@ -166,7 +168,7 @@ def _misfit(method: Scheme, misfits: Mapping[str, str], config: Any) -> UsageErr
         hint = f"leave {len(misfits)} such sites out: {shown}{rest} (globs work)"
     if getattr(config, "gamma", None) is not None:
         hint = "leave out --gamma for 4, taken to the nearest width that divides, or " + hint
-    return UsageError(f"cannot put {method.name} at '{path or 'input'}': {reason}", hint=hint)
+    return UsageError(f"cannot put {method.name} at '{path}': {reason}", hint=hint)
 
 
 def _filter(paths: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> set[str]:

@@ -38,8 +38,10 @@ def is_conv(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return True
     settings = ("kernel_size", "stride", "padding", "dilation", "groups")
-    learned = isinstance(getattr(module, "weight", None), nn.Parameter)
-    return learned and all(hasattr(module, name) for name in settings) and _sides(module) == 2
+    if not all(hasattr(module, name) for name in settings) or _sides(module) != 2:
+        return False
+    # asked last: while a model is traced, to ask a module for a parameter leaves a node in the graph
+    return isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
 def _sides(module: nn.Module) -> int:
