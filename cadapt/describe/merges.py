@@ -6,7 +6,9 @@ that differ in their widths only. What a merge is worth, ``merge-report`` measur
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -17,6 +19,14 @@ from cadapt.meta import meta_copy
 from cadapt.plan import Insertion, Plan
 from cadapt.planning import Survey
 from cadapt.seeding import seeded
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReason:
+    """Why a number of adapters do not fold into the base."""
+
+    reason: str
+    adapters: int
 
 
 class MergeRules:
@@ -112,14 +122,11 @@ def _fill(module: nn.Module) -> None:
             tensor.zero_()
 
 
-def count_reasons(reasons: Sequence[str | None]) -> dict[str, int]:
-    """How many adapters each reason keeps from folding.
+def count_reasons(reasons: Sequence[str | None]) -> tuple[MergeReason, ...]:
+    """How many adapters each reason keeps from folding, in the order of the reasons.
 
     >>> count_reasons(["its ReLU is not linear", None, "its ReLU is not linear"])
-    {'its ReLU is not linear': 2}
+    (MergeReason(reason='its ReLU is not linear', adapters=2),)
     """
-    counts: dict[str, int] = {}
-    for reason in reasons:
-        if reason is not None:
-            counts[reason] = counts.get(reason, 0) + 1
-    return counts
+    counts = Counter(reason for reason in reasons if reason is not None)
+    return tuple(MergeReason(reason=reason, adapters=number) for reason, number in counts.items())

@@ -7,14 +7,14 @@ adapters, counted once for all equal ones, so that all schemes of a base take se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from cadapt.adapters import SCHEMES, get_schemes
 from cadapt.backbone import Backbone
 from cadapt.costing import count_activations
 from cadapt.describe.adapters import AdapterSummary, count_adapter_macs, summarise_adapters
-from cadapt.describe.merges import MergeRules, count_reasons
+from cadapt.describe.merges import MergeReason, MergeRules, count_reasons
 from cadapt.meta import meta_copy
 from cadapt.plan import Plan
 from cadapt.planning import Survey, fitting_schemes, plan_insertions
@@ -47,7 +47,7 @@ class SchemeSummary:
     tensors: int = 0
     macs_share: float = 0.0
     merged: int = 0
-    merge_reasons: Mapping[str, int] = field(default_factory=dict)
+    merge_reasons: tuple[MergeReason, ...] = ()
 
 
 def all_schemes() -> tuple[str, ...]:

@@ -72,7 +72,7 @@ def _merging(scheme: SchemeSummary, marks: dict[str, int]) -> str:
     """Whether nothing is left of the adapters, with the numbers of the reasons against it."""
     if scheme.merged == scheme.sites:
         return "yes"
-    numbers = ", ".join(str(mark) for mark in dict.fromkeys(marks[_gist(reason)] for reason in scheme.merge_reasons))
+    numbers = ", ".join(str(mark) for mark in dict.fromkeys(marks[_gist(item.reason)] for item in scheme.merge_reasons))
     return f"{scheme.merged} of {scheme.sites} ({numbers})" if scheme.merged else f"no ({numbers})"
 
 
@@ -82,14 +82,14 @@ def _gist(reason: str) -> str:
 
 
 def _number_reasons(schemes: Sequence[SchemeSummary]) -> dict[str, int]:
-    gists = dict.fromkeys(_gist(reason) for scheme in schemes for reason in scheme.merge_reasons)
+    gists = dict.fromkeys(_gist(item.reason) for scheme in schemes for item in scheme.merge_reasons)
     return {gist: place for place, gist in enumerate(gists, start=1)}
 
 
 def _shown_reasons(schemes: Sequence[SchemeSummary], marks: dict[str, int]) -> dict[int, str]:
     """For each number its reason, the first as an example where they differ in figures."""
     found: dict[int, list[str]] = {}
-    for reason in dict.fromkeys(reason for scheme in schemes for reason in scheme.merge_reasons):
+    for reason in dict.fromkeys(item.reason for scheme in schemes for item in scheme.merge_reasons):
         found.setdefault(marks[_gist(reason)], []).append(reason)
     return {mark: f"{'' if len(reasons) == 1 else 'e.g. '}{reasons[0]}" for mark, reasons in found.items()}
 

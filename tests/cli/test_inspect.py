@@ -6,9 +6,14 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import timm
+from torch import nn
 
+from cadapt.adapters import SCHEMES
+from cadapt.cli._schemes import LISTED, SCHEME_NAMES
 from tests.cli.program import check_refused, finish, run, start
 
 GLOB = "test_convnext*"
@@ -35,6 +40,73 @@ def test_json_holds_the_reasons() -> None:
 def test_the_input_size_is_taken() -> None:
     found = run("inspect", "test_convnext2*", "--img-size", "96", "--json", "-q").json
     assert found["models"][0]["input_size"] == [3, 96, 96]
+
+
+def test_schemes_named_are_the_columns() -> None:
+    found = run("inspect", "test_vit2*", "--scheme", "lora,bias", "--scheme", "bias+norm", "--json", "-q").json
+    assert found["schemes"] == ["lora", "bias", "bias+norm"]
+    shown = run("inspect", "test_vit2*", "--scheme", "bias").stderr
+    assert "50 t 1.34 %" in shown and "t: tensors of the base" in shown
+
+
+def test_all_schemes_are_on_one_screen_with_why_some_do_not_fit() -> None:
+    ran = run("inspect", "test_resnet", "--schemes")
+    assert (ran.code, ran.stdout) == (0, b"")
+    lines = ran.stderr.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len(lines) <= 40
+    first = {line.split()[0] for line in lines if line}
+    misfits = " ".join(line for line in lines if line.startswith("does not fit: "))
+    for name in SCHEME_NAMES:
+        assert name in first or name in misfits, name
+    assert "convpass" in misfits
+    assert "stage  path" not in ran.stderr
+
+
+def test_json_of_all_schemes_says_what_merges() -> None:
+    found = run("inspect", "test_resnet", "--schemes", "--json", "-q").json
+    schemes = {item["name"]: item for item in found["schemes"]}
+    assert set(schemes) == set(SCHEME_NAMES)
+    assert schemes["lora"]["merged"] == schemes["lora"]["sites"] > 0
+    assert schemes["conv-par"]["merged"] == 0
+    assert schemes["conv-par"]["merge_reasons"] == [
+        {"reason": "its ReLU between the two convs is not linear", "adapters": 7}
+    ]
+    assert schemes["norm"]["tensors"] > 0
+
+
+def test_a_model_shows_the_usual_schemes_and_where_the_others_are() -> None:
+    shown = run("inspect", "test_resnet").stderr
+    assert "stage  path" in shown and "conv-par" in shown and "lora" not in shown
+    assert shown.endswith("all schemes: cadapt inspect test_resnet --schemes\n")
+
+
+def test_layers_are_counted_and_not_listed() -> None:
+    shown = run("inspect", "test_resnet", "--sites", "--scheme", "ssf").stderr
+    assert "and 30 layer sites: --json lists them" in shown
+    assert "fc" not in {line.split()[0] for line in shown.splitlines() if line}
+    assert not [line for line in shown.splitlines() if line.split()[1:2] == ["layer"]]
+
+
+def test_an_adapter_that_changes_tensors_says_how_many(here: Path) -> None:
+    base = ("test_resnet", "--no-pretrained", "--img-size", "32")
+    model = timm.create_model("test_resnet", num_classes=0)
+    own = len(list(model.parameters()))
+    layers = sum(isinstance(item, nn.Conv2d | nn.BatchNorm2d) for item in model.modules())
+    told = {"bias": f"learned for {layers} tensors of the base", "full": f"{own} tensors of the base's own"}
+    for scheme, said in told.items():
+        assert run("insert", *base, "--scheme", scheme, "-o", f"{scheme}.safetensors", "-q").code == 0
+        assert said in run("inspect", f"{scheme}.safetensors").stderr
+    check_refused(run("inspect", "bias.safetensors", "--schemes"), 2, "not on a file", hint="inspect MODEL --schemes")
+
+
+def test_the_help_lists_the_registry() -> None:
+    assert set(SCHEME_NAMES) == set(SCHEMES)
+    assert len(SCHEME_NAMES) == len(set(SCHEME_NAMES))
+    for command in ("insert", "inspect"):
+        said = run(command, "--help").stdout.decode()
+        # a line may break at a hyphen
+        assert LISTED.replace(" ", "").replace("-", "") in "".join(said.split()).replace("-", "").replace("│", "")
 
 
 def _fail_for(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -69,6 +141,8 @@ def test_where_all_fail_the_command_does(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_wrong_globs() -> None:
     check_refused(run("inspect", "efficentnet*"), 2, "no model matches 'efficentnet*'", hint="efficientnet*")
     check_refused(run("inspect", GLOB, "--sites"), 2, "--sites", hint="cadapt inspect MODEL --sites")
+    check_refused(run("inspect", GLOB, "--scheme", "lorra"), 2, "unknown scheme 'lorra'", hint="lora")
+    check_refused(run("inspect", GLOB, "--schemes", "--scheme", "lora"), 2, "--schemes", hint="leave one out")
     check_refused(run("inspect", GLOB, "--backbone", "resnet18"), 2, "--backbone", hint="cadapt inspect FILE")
 
 
