@@ -20,6 +20,9 @@ from cadapt.plan import Insertion, Plan
 from cadapt.planning import Survey
 from cadapt.seeding import seeded
 
+# neither zero nor one, which would be special, nor negative, which no variance is
+_VALUE = 0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReason:
@@ -94,7 +97,9 @@ class MergeRules:
         with seeded(0):
             adapter = method.build(insertion.site, insertion.form, method.configure(insertion.config))
         # adapters start at zero, and a rule may take a zero that training would not leave
-        _fill(adapter)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.fill_(_VALUE)
         outcome = ask_rule(insertion, adapter.eval(), self._stand_in(insertion.site.path))
         return outcome.reason if isinstance(outcome, Refusal) else None
 
@@ -102,9 +107,7 @@ class MergeRules:
         if path not in self._modules:
             return None
         if path not in self._stand_ins:
-            layer = meta_copy(self._modules[path]).to_empty(device="cpu")
-            _fill(layer)
-            self._stand_ins[path] = layer.eval()
+            self._stand_ins[path] = _fill(meta_copy(self._modules[path])).eval()
         return self._stand_ins[path]
 
 
@@ -112,14 +115,19 @@ def _grouping(groups: int, channels: int) -> str:
     return "none" if groups == 1 else "each" if groups == channels else "some"
 
 
-@torch.no_grad()
-def _fill(module: nn.Module) -> None:
-    """Put numbers into all tensors: none is zero or one, which would be special, or as a variance negative."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            tensor.fill_(0.5)
-        else:
-            tensor.zero_()
+def _fill(twin: nn.Module) -> nn.Module:
+    """Give every tensor of a twin one value throughout, which takes no memory however large the layer."""
+    for module in twin.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(_constant(parameter), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else _constant(buffer)
+    return twin
+
+
+def _constant(like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(_VALUE if like.is_floating_point() else 0, dtype=like.dtype).expand(like.shape)
 
 
 def count_reasons(reasons: Sequence[str | None]) -> tuple[MergeReason, ...]:
