@@ -195,6 +195,10 @@ def _read_insertion(record: object) -> Insertion:
         raise RefusedError(f"damaged plan: not an insertion: {record!r:.120}")
     values = _known(Insertion, record)
     values["site"] = Site.from_json(record["site"])
+    if isinstance(values.get("config"), Mapping):
+        # JSON has lists only; a plan that was read equals the one that was written
+        settings = values["config"].items()
+        values["config"] = {name: tuple(value) if isinstance(value, list) else value for name, value in settings}
     if values.get("form") not in get_args(Form):
         raise RefusedError(f"damaged plan: form {values.get('form')!r} at '{values['site'].name}'")
     return _construct(Insertion, values)
