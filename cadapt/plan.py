@@ -55,6 +55,13 @@ class Insertion:
     form: Form
     config: Mapping[str, Json] = field(default_factory=dict)
 
+    @property
+    def settings(self) -> tuple[tuple[str, Json], ...]:
+        """The config as a value that can be a key: a file has lists where a scheme has tuples."""
+        return tuple(
+            (name, tuple(value) if isinstance(value, list) else value) for name, value in sorted(self.config.items())
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
@@ -195,10 +202,6 @@ def _read_insertion(record: object) -> Insertion:
         raise RefusedError(f"damaged plan: not an insertion: {record!r:.120}")
     values = _known(Insertion, record)
     values["site"] = Site.from_json(record["site"])
-    if isinstance(values.get("config"), Mapping):
-        # JSON has lists only; a plan that was read equals the one that was written
-        settings = values["config"].items()
-        values["config"] = {name: tuple(value) if isinstance(value, list) else value for name, value in settings}
     if values.get("form") not in get_args(Form):
         raise RefusedError(f"damaged plan: form {values.get('form')!r} at '{values['site'].name}'")
     return _construct(Insertion, values)

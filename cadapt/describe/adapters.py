@@ -65,7 +65,7 @@ def _summarise(insertion: Insertion) -> AdapterSummary:
 def _likeness(insertion: Insertion) -> tuple[str, Site, Form, Settings]:
     """An insertion without its place: adapters at equal sites are equal, and most blocks of a model are."""
     anywhere = replace(insertion.site, path="", call=0, stage=None)
-    return insertion.scheme, anywhere, insertion.form, tuple(sorted(insertion.config.items()))
+    return insertion.scheme, anywhere, insertion.form, insertion.settings
 
 
 @functools.lru_cache(maxsize=4096)

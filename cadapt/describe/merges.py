@@ -79,7 +79,7 @@ class MergeRules:
         """All that a rule may look at but the widths and the grid."""
         site, layer = insertion.site, self._modules.get(insertion.site.path)
         return (
-            (insertion.scheme, insertion.form, tuple(sorted(insertion.config.items()))),
+            (insertion.scheme, insertion.form, insertion.settings),
             (site.kind, site.layout, site.operator, site.activation, site.prefix_tokens > 0),
             (site.kernel, site.stride, site.padding, site.dilation, _grouping(site.groups, site.in_channels)),
             (site.in_channels == site.out_channels, site.in_shape == site.out_shape),

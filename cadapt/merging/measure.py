@@ -54,7 +54,7 @@ def compare_layers(
     effects: list[float] = []
     for x in _inputs(insertion.site, insertion.site.in_shape, dtype):
         hidden = layer(x)
-        delta = adapter(x if insertion.form == "parallel" else hidden)
+        delta = adapter(x if insertion.form != "sequential" else hidden)
         errors.append(relative_error(merged(x), hidden + delta))
         effects.append(float(delta.norm() / hidden.norm()))
     return Comparison(error=_worst(errors), effect=effects[0])
@@ -75,13 +75,13 @@ def effect_of(insertion: Insertion, adapter: nn.Module, layer: nn.Module | None)
         return None
     x = next(_inputs(insertion.site, insertion.site.in_shape, layer.weight.dtype))
     hidden = layer(x)
-    delta = adapter(x if insertion.form == "parallel" else hidden)
+    delta = adapter(x if insertion.form != "sequential" else hidden)
     return float(delta.norm() / hidden.norm())
 
 
 def adapter_input(site: Site, form: Form) -> tuple[int, ...]:
     """The shape, without the batch, of what an adapter at a site is given."""
-    return site.in_shape if form == "parallel" else site.out_shape
+    return site.out_shape if form == "sequential" else site.in_shape
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
