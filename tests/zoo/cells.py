@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cadapt
 from cadapt.errors import CadaptError
+from cadapt.plan import Plan
 from cadapt.planning import plan_insertions
 from tests.zoo.cell_checks import (
     Bench,
@@ -24,6 +26,8 @@ from tests.zoo.cell_checks import (
     check_training,
 )
 from tests.zoo.check import checksum, in_words
+
+_PACKAGE = Path(cadapt.__file__).parent
 
 
 def check_cell(name: str, *, title: str, scheme: str, onnx: bool) -> Record:
@@ -45,23 +49,29 @@ def check_cell(name: str, *, title: str, scheme: str, onnx: bool) -> Record:
     if table.reasons.get(scheme) is not None:
         record["problems"].append(f"planned, where fitting_schemes says: {table.reasons[scheme]}")
     record |= {"adapters": len(plan.insertions), "deltas": len(plan.deltas), "tuned": len(plan.trainable)}
-    parts: dict[str, Callable[[], Record]] = {"insertion": lambda: check_insertion(table, plan, scheme)}
-    trained = functools.cache(lambda: check_training(table, plan))
-    parts["training"] = lambda: trained()[1]
-    parts["file"] = lambda: check_file(table, trained()[0])
-    parts["merge"] = lambda: check_merge(table, trained()[0])
-    if onnx:
-        parts["onnx"] = lambda: check_onnx(trained()[0])
-    for part, check in parts.items():
+    for part, check in _parts(table, plan, scheme, onnx).items():
         found = _tried(part, check)
         record["problems"] += [f"{part}: {problem}" for problem in found.pop("problems", ())]
         record["notes"] += [f"{part}: {note}" for note in found.pop("notes", ())]
         record[part] = found
+        if part == "training" and "tensors" not in found:
+            break  # there is no trained model to go on with
     if checksum(table.backbone.model) != table.state:
         bench.cache_clear()
         record["problems"].append("the base was changed")
     status = "FAILED" if record["problems"] else "ok"
     return record | {"status": status, "seconds": round(time.process_time() - start, 2)}
+
+
+def _parts(table: Bench, plan: Plan, scheme: str, onnx: bool) -> dict[str, Callable[[], Record]]:
+    trained = functools.cache(lambda: check_training(table, plan))
+    parts: dict[str, Callable[[], Record]] = {
+        "insertion": lambda: check_insertion(table, plan, scheme),
+        "training": lambda: trained()[1],
+        "file": lambda: check_file(table, trained()[0]),
+        "merge": lambda: check_merge(table, trained()[0]),
+    }
+    return parts | ({"onnx": lambda: check_onnx(trained()[0])} if onnx else {})
 
 
 def _tried(part: str, check: Callable[[], Record]) -> Record:
@@ -72,14 +82,14 @@ def _tried(part: str, check: Callable[[], Record]) -> Record:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of cadapt's, else of anybody's."""
-    trace, place = error.__traceback__, "?"
+    """The innermost line of cadapt's own, else of anybody's."""
+    trace, places = error.__traceback__, []
     while trace is not None:
         file = Path(trace.tb_frame.f_code.co_filename)
-        if "cadapt" in file.parts or place == "?":
-            place = f"{file.parent.name}/{file.name}:{trace.tb_lineno}"
+        places.append((file.parent, f"{file.parent.name}/{file.name}:{trace.tb_lineno}"))
         trace = trace.tb_next
-    return place
+    own = [place for folder, place in places if folder.is_relative_to(_PACKAGE)]
+    return (own or [place for _, place in places])[-1]
 
 
 def _refused(refusal: CadaptError, scheme: str, table: Bench) -> Record:

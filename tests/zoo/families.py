@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.zoo.golden import write_rows
-from tests.zoo.members import MEMBERS, scheme_names
+from tests.zoo.members import MEMBERS, may_refuse, scheme_names
 from tests.zoo.pool import Record, run_pool
 from tests.zoo.sweep import fingerprint
 
@@ -87,6 +87,9 @@ def settle(record: Record) -> Record:
     if "error" in record:
         record |= {"status": "FAILED", "problems": [f"{record['error']} {record.get('at', '')}".strip()]}
     assert record["status"] in ("ok", "refused", "FAILED"), record
+    if record["status"] == "refused" and not may_refuse(record["title"], record["scheme"]):
+        problem = f"refused, and the family has what it takes: {record.get('reason')}"
+        record |= {"status": "FAILED", "problems": [problem]}
     # no cell is refused or fails without a word
     if record["status"] != "ok" and not (record.get("reason") or record.get("problems")):
         record |= {"status": "FAILED", "problems": ["neither a reason nor a problem was given"]}

@@ -6,13 +6,11 @@ dropped in train mode.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from cadapt.adapters import SCHEMES
-from cadapt.plan import Plan
 
 SUMS = ("consolidator+bias+norm", "conv-par+norm")
 
@@ -85,34 +83,19 @@ def scheme_names() -> tuple[str, ...]:
     return (*SCHEMES, *(name for name in SUMS if all(part in SCHEMES for part in name.split("+"))))
 
 
-@dataclass(frozen=True, kw_only=True)
-class KnownSilence:
-    """Planned tensors that may have a gradient of exactly zero, by globs, and why that is right."""
-
-    schemes: str
-    model: str
-    tensors: str
-    why: str
-
-
-KNOWN_SILENCES: tuple[KnownSilence, ...] = ()
-
-
-def without_known(plan: Plan, silent: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The names of silent tensors that are not expected, and a note for each reason why others are."""
-    unknown: list[str] = []
-    reasons: dict[str, int] = {}
-    for name in silent:
-        matches = (item for item in KNOWN_SILENCES if _applies(item, plan, name))
-        known = next(matches, None)
-        if known is None:
-            unknown.append(name)
-        else:
-            reasons[known.why] = reasons.get(known.why, 0) + 1
-    return unknown, [f"{count} tensors with a zero gradient: {why}" for why, count in reasons.items()]
+_CONVS_ALONE = ("ResNet", "BiT", "ConvNeXt", "EfficientNet", "RegNet", "DenseNet")
+_TOKENS_ALONE = ("ViT with cls", "ViT with registers", "DeiT distilled", "Swin", "Swin-v2")
+# MobileViT's tokens are folded into the batch, by their place in a patch, and lie on no grid there
+_NO_GRIDS = (*_CONVS_ALONE, "MobileViT")
+_REFUSING: Mapping[str, tuple[str, ...]] = {
+    "convpass": _NO_GRIDS,
+    "convpass-attn": _NO_GRIDS,
+    "residual-par": _TOKENS_ALONE,
+    "residual-seq": _TOKENS_ALONE,
+    "all-conv-par": _TOKENS_ALONE,
+}
 
 
-def _applies(item: KnownSilence, plan: Plan, name: str) -> bool:
-    globs = ((plan.base.name, item.model), (name, item.tensors))
-    schemes = plan.scheme.split("+")
-    return any(fnmatchcase(part, item.schemes) for part in schemes) and all(fnmatchcase(*pair) for pair in globs)
+def may_refuse(title: str, scheme: str) -> bool:
+    """Whether a family has nothing that a scheme, or one of a sum, could adapt: told by hand."""
+    return any(MEMBERS[title].family in _REFUSING.get(part, ()) for part in scheme.split("+"))

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 import cadapt.adapters
-import cadapt.planning
 from cadapt.adapters import SCHEMES, MergedLayer, Scheme
 from cadapt.plan import Form
 from cadapt.site import Site
@@ -28,7 +27,7 @@ from tests.zoo import families
 from tests.zoo.cell_checks import bench
 from tests.zoo.cells import check_cell
 from tests.zoo.families import COLUMNS, Table, cell_work, chosen, in_short, main, markdown, settle, write_reports
-from tests.zoo.members import MEMBERS, KnownSilence, scheme_names, without_known
+from tests.zoo.members import MEMBERS, may_refuse, scheme_names
 from tests.zoo.sweep import fingerprint
 
 _CELLS_A_DAY = 8
@@ -223,10 +222,14 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_no_cell_fails_without_a_word() -> None:
-    for status in ("refused", "FAILED"):
-        record = settle({"name": "test_vit × bias", "status": status, "problems": []})
+    for name, status in (("test_vit × residual-par", "refused"), ("test_vit × bias", "FAILED")):
+        record = settle({"name": name, "status": status, "problems": []})
         assert record["status"] == "FAILED"
         assert record["problems"] == ["neither a reason nor a problem was given"]
+    broad = settle({"name": "test_vit × bias", "status": "refused", "reason": "it has none", "problems": []})
+    assert in_short(broad) == "FAILED: refused, and the family has what it takes: it has none"
+    assert may_refuse("test_resnet", "convpass+norm")
+    assert not may_refuse("test_resnet", "conv-par+norm")
     raised = settle({"name": "test_vit × conv-par+norm", "error": "ValueError: no such layer", "at": "fits:12"})
     assert (raised["title"], raised["scheme"], raised["status"]) == ("test_vit", "conv-par+norm", "FAILED")
     assert in_short(raised) == "FAILED: ValueError: no such layer fits:12"
@@ -246,16 +249,6 @@ def test_the_reports_hold_every_cell(
     assert [line.split(",")[3:5] for line in lines[1:]] == [["convpass", "refused"], ["bias", "ok"]]
     empty = markdown({})
     assert empty.count(f"| {' | '.join('–' for _ in scheme_names())} |") == 3 * len(MEMBERS)
-
-
-def test_an_expected_silence_is_told_and_another_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = KnownSilence(schemes="bias", model="test_*", tensors="*k_bias", why="a softmax takes it away")
-    monkeypatch.setattr("tests.zoo.members.KNOWN_SILENCES", (known,))
-    table = bench("test_resnet")
-    plan = cadapt.planning.plan_insertions(table.backbone, "bias", surveyed=table.surveyed)
-    unknown, notes = without_known(plan, ["adapters.delta.k_bias", "adapters.delta.v_bias"])
-    assert unknown == ["adapters.delta.v_bias"]
-    assert notes == ["1 tensors with a zero gradient: a softmax takes it away"]
 
 
 def test_the_work_of_the_pool_is_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
