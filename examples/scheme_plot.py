@@ -88,7 +88,9 @@ def _name_points(axes: Axes, rows: Sequence[Row]) -> None:
     renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]
     inside = axes.get_window_extent(renderer)
     taken = [_point_box(axes, row) for row in rows if row.parameters]
-    taken += [_name_line(axes, row) for row in rows if not row.parameters]
+    for row in rows:
+        if not row.parameters:
+            taken += [_name_line(axes, row), _line_box(axes, row, inside)]
     for row in sorted((row for row in rows if row.parameters), key=lambda item: -(item.top1 or 0.0)):
         taken.append(_name_point(axes, row, inside, taken))
 
@@ -129,6 +131,13 @@ def _name_line(axes: Axes, row: Row) -> Bbox:
     place = axes.get_yaxis_transform()
     name = axes.annotate(row.scheme, (0.01, 100 * row.top1), xycoords=place, fontsize=8, color="0.35", va="bottom")
     return name_box(name)
+
+
+def _line_box(axes: Axes, row: Row, inside: Bbox) -> Bbox:
+    """The pixels that a scheme's line covers: no name is to be struck through."""
+    assert row.top1 is not None
+    _, y = axes.transData.transform((1.0, 100 * row.top1))
+    return Bbox.from_extents(inside.x0, y - 1, inside.x1, y + 1)
 
 
 def name_box(name: Annotation) -> Bbox:

@@ -213,8 +213,10 @@ def _merge(model: cadapt.AdaptedModel, pictures: Pictures) -> dict[str, int]:
     _, report = cadapt.merge(model, images=pictures.images[:MERGE_PICTURES])
     if not report.verified:
         raise CadaptError(f"the merge of {job_name(model)} did not pass its checks: {report.summary}")
-    deltas = len(model.plan.deltas)
-    return {"merged": report.merged + deltas, "mergeable_of": report.total + deltas}
+    return {
+        "merged": report.merged + report.differences,
+        "mergeable_of": report.total + len(model.plan.deltas),
+    }
 
 
 def job_name(model: cadapt.AdaptedModel) -> str:

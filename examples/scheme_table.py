@@ -154,6 +154,5 @@ def _markdown_line(row: Row) -> str:
 
 
 def _where(row: Row) -> str:
-    tensors = f"{row.base_tensors} tensors" if row.base_tensors else ""
-    adapters = f"{row.adapters} sites" if row.adapters else ""
-    return " + ".join(part for part in (adapters, tensors) if part) or "—"
+    counts = ((row.adapters, "site"), (row.base_tensors, "tensor"))
+    return " + ".join(f"{count} {unit}{'s' * (count > 1)}" for count, unit in counts if count) or "—"
