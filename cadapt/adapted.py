@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from cadapt.errors import UsageError
+from cadapt.graph.flatten import flatten, unflatten
 from cadapt.plan import Plan
 from cadapt.preprocessing import Preprocessing
 
@@ -69,11 +70,13 @@ class AdaptedModel(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the compiled functions, which cannot be pickled."""
-        return {key: value for key, value in vars(self).items() if key not in ("_run", "_run_base")}
+        """Leave out the compiled functions, which cannot be pickled, and lay the graphs out flat."""
+        state = {key: value for key, value in vars(self).items() if key not in ("_run", "_run_base")}
+        return {**state, "graph": flatten(self.graph), "base_graph": flatten(self.base_graph)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Compile them again."""
+        """Build and compile them again."""
+        state = {**state, "graph": unflatten(state["graph"]), "base_graph": unflatten(state["base_graph"])}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._run = _compile(self, self.graph)
         self._run_base = _compile(self, self.base_graph)

@@ -143,6 +143,7 @@ def _in_range(plan: Plan) -> Plan:
     head = plan.head
     sound = {
         "seed": plan.seed in _SEEDS and (plan.base.seed is None or plan.base.seed in _SEEDS),
+        "deltas": len(set(plan.deltas)) == len(plan.deltas),
         "head": head is None
         or (0 < head.num_classes <= _MOST_CLASSES and 0 <= head.dropout < 1 and head.seed in _SEEDS),
     }

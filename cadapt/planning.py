@@ -17,6 +17,7 @@ from cadapt.backbone import Backbone
 from cadapt.classifiers import backbone_tensors, classifier_paths
 from cadapt.errors import CadaptError, UsageError
 from cadapt.graph.anatomy import Located
+from cadapt.graph.scopes import called_around
 from cadapt.graph.shift import Readers
 from cadapt.graph.sites import locate_sites
 from cadapt.graph.trace import record_shapes, trace
@@ -45,7 +46,8 @@ def survey(backbone: Backbone) -> Survey:
     """Trace a base at its input size and find its sites."""
     graph = trace(backbone.model)
     record_shapes(graph, backbone.model, backbone.preprocessing.input_size)
-    heads = classifier_paths(backbone.model)
+    # the task's head stands in for the classifier, and for all of a module that was not traced through around it
+    heads = {called_around(graph, path) or path for path in classifier_paths(backbone.model)}
     located = locate_sites(graph, backbone.model)
     tensors = {
         name: BaseTensor(owner=type(backbone.model.get_submodule(_owner(name))).__name__, shape=shape)
@@ -54,7 +56,6 @@ def survey(backbone: Backbone) -> Survey:
     }
     return Survey(
         graph=graph,
-        # the task's head stands in for the classifier
         located=tuple(item for item in located if not (item.site.kind == "layer" and item.site.path in heads)),
         tensors=tensors,
     )
@@ -95,12 +96,18 @@ def plan_insertions(
     for method, placements, names in zip(methods, chosen, changed, strict=True):
         if method.needs and not placements and not names:
             raise _nothing_to_adapt(backbone, method, found)
-    paths = [item.site.path for placements in chosen for item in placements]
-    wanted = _filter([*paths, *(_owner(name) for names in changed for name in names)], include, exclude)
+    offered = [
+        [*(_named(item.site) for item in placements), *map(_owner, names)]
+        for placements, names in zip(chosen, changed, strict=True)
+    ]
+    wanted = _filter([path for paths in offered for path in paths], include, exclude)
+    for method, paths in zip(methods, offered, strict=True):
+        if paths and not wanted & set(paths):
+            raise UsageError(f"--include and --exclude leave {method.name} no site to adapt")
     insertions = [
         insertion
         for method, config, placements in zip(methods, configs, chosen, strict=True)
-        for insertion in _insertions(method, config, [item for item in placements if item.site.path in wanted])
+        for insertion in _insertions(method, config, [item for item in placements if _named(item.site) in wanted])
     ]
     return Plan(
         base=backbone.base,
@@ -115,8 +122,11 @@ def plan_insertions(
 
 
 def _insertions(method: Scheme, config: Any, placements: Sequence[Placement]) -> Iterator[Insertion]:
-    reasons = {item.site.path: method.fits(item.site, item.form, config) for item in placements}
-    misfits = {path: reason for path, reason in reasons.items() if reason is not None}
+    misfits: dict[str, str] = {}
+    for item in placements:
+        reason = method.fits(item.site, item.form, config)
+        if reason is not None:
+            misfits.setdefault(_named(item.site), reason)
     if misfits:
         raise _misfit(method, misfits, config)
     for item in placements:
@@ -159,14 +169,14 @@ _SHOWN = 3
 
 def _misfit(method: Scheme, misfits: Mapping[str, str], config: Any) -> UsageError:
     path, reason = next(iter(misfits.items()))
-    if not path:
+    if path == "input":
         return UsageError(f"cannot put {method.name} at the input: {reason}")
     shown = " ".join(f"--exclude {name!r}" for name in list(misfits)[:_SHOWN])
     hint = f"leave the site out: {shown}"
     if len(misfits) > 1:
         rest = f" and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
         hint = f"leave {len(misfits)} such sites out: {shown}{rest} (globs work)"
-    if getattr(config, "gamma", None) is not None:
+    if getattr(config, "gamma", None) is not None and getattr(config, "down", "channel") == "channel":
         hint = "leave out --gamma for 4, taken to the nearest width that divides, or " + hint
     return UsageError(f"cannot put {method.name} at '{path}': {reason}", hint=hint)
 
@@ -178,6 +188,8 @@ def _filter(paths: Sequence[str], include: Sequence[str], exclude: Sequence[str]
         taken = not include or any(fnmatchcase(path, glob) for glob in include)
         return taken and not any(fnmatchcase(path, glob) for glob in exclude)
 
+    if not paths and (include or exclude):
+        raise UsageError("--include and --exclude choose sites, and this scheme adapts none")
     for glob in (*include, *exclude):
         if not any(fnmatchcase(path, glob) for path in paths):
             known = ", ".join(paths[:4])
@@ -186,6 +198,11 @@ def _filter(paths: Sequence[str], include: Sequence[str], exclude: Sequence[str]
     if paths and not wanted:
         raise UsageError("--include and --exclude leave no site to adapt")
     return wanted
+
+
+def _named(site: Site) -> str:
+    """What globs choose a site by: its path, or ``input``."""
+    return site.path or site.kind
 
 
 def _owner(tensor: str) -> str:

@@ -96,7 +96,11 @@ class Site:
             raise RefusedError(f"damaged plan: not a site: {dict(record)!r:.120}")
         for key in ("in_shape", "out_shape"):
             shape = values.get(key)
-            if not isinstance(shape, tuple) or not all(isinstance(size, int) and size > 0 for size in shape):
+            if (
+                not isinstance(shape, tuple)
+                or not shape
+                or not all(isinstance(size, int) and size > 0 for size in shape)
+            ):
                 raise RefusedError(f"damaged plan: {key} of site '{values['path']}' is {shape!r}, expected sizes")
         check_kinds(cls, values)
         for key, least in _LEAST.items():

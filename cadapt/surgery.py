@@ -7,8 +7,7 @@ leaves the base as it was.
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -16,17 +15,17 @@ import torch
 from torch import fx, nn
 
 from cadapt.adapted import ADAPTERS, AdaptedModel
-from cadapt.adapters import get_scheme
 from cadapt.backbone import Backbone
-from cadapt.errors import CadaptError, RefusedError, UsageError
+from cadapt.errors import CadaptError, RefusedError
 from cadapt.graph.anatomy import Located
 from cadapt.graph.operators import shape_of
+from cadapt.graph.scopes import called_around
 from cadapt.graph.shift import Readers
 from cadapt.graph.splice import Splicer
 from cadapt.head import build_head
+from cadapt.making import adapter_name, build_like, make_adapter, seed_of
 from cadapt.plan import Head, Insertion, Plan
 from cadapt.planning import Survey, survey
-from cadapt.seeding import seeded
 from cadapt.site import Site
 
 
@@ -41,6 +40,10 @@ def operate(backbone: Backbone, plan: Plan, surveyed: Survey | None = None) -> A
     Raises:
         RefusedError: the base lacks a site of the plan, or it is another there.
     """
+    own = dict(backbone.model.named_parameters(remove_duplicate=False))
+    for name in plan.trainable:
+        if name not in own:
+            raise RefusedError(f"damaged plan: {plan.base.name} has no parameter '{name}' to train")
     found = surveyed or survey(backbone)
     values: dict[fx.Node, fx.Node] = {}
     graph = _copy_graph(found.graph, values)
@@ -50,7 +53,7 @@ def operate(backbone: Backbone, plan: Plan, surveyed: Survey | None = None) -> A
     splicer = Splicer(graph, base)
     for insertion in plan.insertions:
         item = _match(insertion, located, plan)
-        target = _attach(adapters, insertion, _make_adapter(insertion, plan, base))
+        target = _attach(adapters, insertion, make_adapter(insertion, plan.seed, base))
         splicer.join(_copied(item, values), target, insertion.form)
     if plan.head is not None:
         _splice_head(graph, base, adapters, plan.head)
@@ -80,10 +83,10 @@ def _splice_deltas(graph: fx.Graph, base: nn.Module, adapters: nn.Module, plan: 
     readers = Readers(graph, base)
     targets = {}
     for name in plan.deltas:
-        if name not in readers.names:
+        key = name.replace(".", "__")
+        if name not in readers.names or hasattr(group, key):
             raise RefusedError(f"{plan.base.name} has no tensor '{name}' to change")
         shape, like = readers.names[name]
-        key = name.replace(".", "__")
         group.register_parameter(key, nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)))
         targets[name] = f"{ADAPTERS}.delta.{key}"
     readers.shift(targets)
@@ -119,36 +122,6 @@ def _match(insertion: Insertion, located: Mapping[tuple[str, str, int], Located]
     return item
 
 
-def _make_adapter(insertion: Insertion, plan: Plan, base: nn.Module) -> nn.Module:
-    method = get_scheme(insertion.scheme)
-    try:
-        config = method.configure(insertion.config)
-    except UsageError as error:
-        raise RefusedError(f"damaged plan: {error.message}") from error
-    reason = method.fits(insertion.site, insertion.form, config)
-    if reason is not None:
-        raise RefusedError(f"cannot put {method.name} at '{insertion.site.name}': {reason}")
-    seed = _seed_of(plan.seed, f"{insertion.scheme}:{insertion.site.kind}:{insertion.site.name}")
-    return _build_like(partial(method.build, insertion.site, insertion.form, config), seed, base)
-
-
-def _build_like(build: Callable[[], nn.Module], seed: int, like: nn.Module) -> nn.Module:
-    """Build a module under its own seed, then put it on a model's device, in its floating dtype."""
-    parameter = next(like.parameters())
-    if parameter.is_meta:
-        with torch.device("meta"):
-            module: nn.Module = build()
-        return module.to(parameter.dtype)
-    with seeded(seed):
-        module = build()
-    return module.to(device=parameter.device, dtype=parameter.dtype)
-
-
-def _seed_of(seed: int, name: str) -> int:
-    """A seed of its own for every adapter, so that leaving one out does not change the others."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7])
-
-
 def _attach(adapters: nn.Module, insertion: Insertion, adapter: nn.Module) -> str:
     """Hang an adapter under its scheme's and site's names and return its path from the root."""
     path = adapter_path(insertion)
@@ -167,34 +140,19 @@ def adapter_path(insertion: Insertion) -> str:
     return f"{ADAPTERS}.{insertion.scheme.replace('-', '_')}.{adapter_name(insertion.site)}"
 
 
-def adapter_name(site: Site) -> str:
-    """A site's name as a module name, which has no dots: ``layer1__0__conv2``."""
-    name = site.path.replace(".", "__")
-    name = name if site.kind in ("block", "conv", "linear") else f"{name}__{site.kind}".removeprefix("__")
-    return name if site.call == 0 else f"{name}__call{site.call}"
-
-
 def _splice_head(graph: fx.Graph, base: nn.Module, adapters: nn.Module, head: Head) -> None:
     """Put the task's classifiers where the base's are called: at ``adapters.head``, or below it for each of several."""
     several = bool(head.others)
     if several:
         adapters.add_module("head", nn.Module())
     for index, path in enumerate(head.paths):
-        called, calls = _calls_of(graph, path)
+        called = called_around(graph, path)
+        calls = [node for node in graph.nodes if node.op == "call_module" and node.target == called]
         shape = shape_of(calls[0].all_input_nodes[0]) if calls else None
         if shape is None:
             raise CadaptError(f"the classifier '{path}' is not called by itself: a head cannot stand in for it")
         target = f"head.{index}" if several else "head"
         build = partial(build_head, base.get_submodule(called), head, shape=shape[1:])
-        adapters.set_submodule(target, _build_like(build, _seed_of(head.seed, target), base))
+        adapters.set_submodule(target, build_like(build, seed_of(head.seed, target), base))
         for node in calls:
             node.target = f"{ADAPTERS}.{target}"
-
-
-def _calls_of(graph: fx.Graph, path: str) -> tuple[str, list[fx.Node]]:
-    """The calls of a module, or of the one around it that was not traced through: a pool with nothing behind it."""
-    calls: list[fx.Node] = []
-    while path and not calls:
-        calls = [node for node in graph.nodes if node.op == "call_module" and node.target == path]
-        path = path if calls else path.rpartition(".")[0]
-    return path, calls

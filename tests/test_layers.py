@@ -17,7 +17,7 @@ LAYERS = (
     ("meta", "seeding", "probe", "classifiers"),
     ("graph", "adapters", "head"),
     ("backbone",),
-    ("planning",),
+    ("planning", "making"),
     ("adapted", "surgery"),
     ("bundle",),
     ("frozen",),

@@ -69,7 +69,8 @@ def configure(methods: Sequence[Scheme], settings: Mapping[str, Any]) -> tuple[A
     """
     known = {method.name: {item.name for item in fields(method.config)} for method in methods}
     given: dict[str, dict[str, Any]] = {method.name: {} for method in methods}
-    for key, value in settings.items():
+    # a setting for one scheme counts more than the same for all
+    for key, value in sorted(settings.items(), key=lambda item: "." in item[0]):
         scheme, _, name = key.rpartition(".")
         named = [item for item in known if scheme.replace("_", "-") in ("", item)]
         takers = [item for item in named if name in known[item] or len(known) == 1]

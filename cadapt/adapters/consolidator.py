@@ -16,7 +16,7 @@ from torch import nn
 
 from cadapt.adapters.consolidator_layers import Branch, Consolidator, StoredConsolidator, find_groups, shared_groups
 from cadapt.adapters.conv_merge import add_to_layer, find_plain_conv, fold_beside
-from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme
+from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme, joining
 from cadapt.errors import UsageError
 from cadapt.plan import Form
 from cadapt.site import Site
@@ -188,6 +188,7 @@ SCHEMES = (
         summary="grouped linear maps parallel to each linear layer and 1×1 conv of the blocks; they fold in",
         config=ConsolidatorConfig,
         needs="linear layers or 1×1 convs in its blocks",
+        joins=joining("parallel", "linear"),
         select=_select,
         fits=_fits,
         build=_build,

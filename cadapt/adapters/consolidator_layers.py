@@ -86,7 +86,9 @@ class Branch(nn.Module):
             # laid out [g, c], x is x[a, i]; its transpose, read in order, is Px
             grouped = torch.unflatten(grouped.transpose(-1, -2).flatten(-2), -1, (self.groups, -1))
         weight = torch.unflatten(self.weight, 0, (self.groups, -1))
-        return torch.einsum("...gc,gdc->...gd", grouped, weight).flatten(-2) + self.bias
+        term = torch.einsum("...gc,gdc->...gd", grouped, weight).flatten(-2)
+        # in the term's dtype: under autocast an fp32 bias would drag all that follows the joint back to fp32
+        return term + self.bias.to(term.dtype)
 
     def pattern(self) -> torch.Tensor:
         """Where its matrix can be non-zero; see :func:`pattern_of`."""

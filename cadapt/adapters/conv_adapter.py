@@ -27,10 +27,10 @@ from cadapt.adapters.conv_geometry import (
 )
 from cadapt.adapters.conv_merge import merge_conv_adapter
 from cadapt.adapters.conv_settings import ConvAdapterConfig
-from cadapt.adapters.scheme import Placement, Scheme
+from cadapt.adapters.scheme import Placement, Scheme, joining
 from cadapt.adapters.tokens import from_map, to_map
 from cadapt.plan import Form
-from cadapt.site import Layout, Pair, Site
+from cadapt.site import Layout, Pair, Site, SiteKind
 
 
 class ConvAdapter(nn.Module):
@@ -206,13 +206,14 @@ def _on_stages(sites: Iterable[Site], config: ConvAdapterConfig) -> tuple[Placem
     return tuple(Placement(site=site, form="parallel") for site in sites if site.kind == "stage" and site.grid)
 
 
-def _scheme(name: str, summary: str, needs: str, select: Any) -> Scheme:
+def _scheme(name: str, summary: str, needs: str, select: Any, joins: frozenset[tuple[SiteKind, Form]]) -> Scheme:
     return Scheme(
         name=name,
         paper="arXiv 2208.07463",
         summary=summary,
         config=ConvAdapterConfig,
         needs=needs,
+        joins=joins,
         select=select,
         fits=explain_misfit,
         build=_build,
@@ -224,10 +225,36 @@ def _scheme(name: str, summary: str, needs: str, select: Any) -> Scheme:
 _CONVS = "convs with a kernel over 1 inside or between its blocks, or attention on a grid"
 _BLOCKS = "blocks on a grid (a branch of convs, attention or an MLP added to a shortcut, or modules that repeat)"
 _STAGES = "stages of blocks on a grid"
+_FUNCTIONAL: tuple[SiteKind, ...] = ("conv", "attention")
+_BESIDE_JOINTS = joining("parallel", "downsample")
 SCHEMES = (
-    _scheme("conv-par", "Conv-Adapter parallel to each functional conv", _CONVS, _on_convs("parallel")),
-    _scheme("conv-seq", "Conv-Adapter after each functional conv", _CONVS, _on_convs("sequential")),
-    _scheme("res-par", "Conv-Adapter parallel to each residual block", _BLOCKS, _on_blocks("parallel")),
-    _scheme("res-seq", "Conv-Adapter after each residual block", _BLOCKS, _on_blocks("sequential")),
-    _scheme("stage-par", "Conv-Adapter parallel to each stage", _STAGES, _on_stages),
+    _scheme(
+        "conv-par",
+        "Conv-Adapter parallel to each functional conv",
+        _CONVS,
+        _on_convs("parallel"),
+        joining("parallel", *_FUNCTIONAL) | _BESIDE_JOINTS,
+    ),
+    _scheme(
+        "conv-seq",
+        "Conv-Adapter after each functional conv",
+        _CONVS,
+        _on_convs("sequential"),
+        joining("sequential", *_FUNCTIONAL) | _BESIDE_JOINTS,
+    ),
+    _scheme(
+        "res-par",
+        "Conv-Adapter parallel to each residual block",
+        _BLOCKS,
+        _on_blocks("parallel"),
+        joining("parallel", "block", "downsample"),
+    ),
+    _scheme(
+        "res-seq",
+        "Conv-Adapter after each residual block",
+        _BLOCKS,
+        _on_blocks("sequential"),
+        joining("sequential", "block", "downsample"),
+    ),
+    _scheme("stage-par", "Conv-Adapter parallel to each stage", _STAGES, _on_stages, joining("parallel", "stage")),
 )

@@ -76,12 +76,14 @@ def find_geometry(site: Site, form: Form, config: ConvAdapterConfig) -> Geometry
     if padding == "same":
         return Geometry(kernel=wanted, stride=site.stride, padding="same", dilation=site.dilation)
     grown = [site.dilation[axis] * (wanted[axis] - own[axis]) for axis in (0, 1)]
-    if grown[0] % 2 or grown[1] % 2:
-        return None
-    padding = (padding[0] + grown[0] // 2, padding[1] + grown[1] // 2)
-    if min(padding) < 0:
-        return None
-    return Geometry(kernel=wanted, stride=site.stride, padding=padding, dilation=site.dilation)
+    # a kernel that grows by an odd number has no middle to grow from: with a stride it may keep the grid all the same
+    for extra in (0, 1) if grown[0] % 2 or grown[1] % 2 else (0,):
+        padding_now = (padding[0] + (grown[0] + extra) // 2, padding[1] + (grown[1] + extra) // 2)
+        geometry = Geometry(kernel=wanted, stride=site.stride, padding=padding_now, dilation=site.dilation)
+        keeps = site.grid is not None and reached_grid(site.grid, geometry) == site.output_grid
+        if min(padding_now) >= 0 and (keeps or not (grown[0] % 2 or grown[1] % 2)):
+            return geometry
+    return None
 
 
 def _own_kernel(site: Site) -> tuple[Pair, Pair | Literal["same"]]:

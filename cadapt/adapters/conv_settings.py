@@ -49,6 +49,8 @@ class ConvAdapterConfig:
             raise UsageError(f"γ is {self.gamma}, expected 1 or more", hint="try --gamma 4")
         if self.kernel is not None and not 1 <= self.kernel <= _LARGEST_KERNEL:
             raise UsageError(f"kernel is {self.kernel}, expected 1 to {_LARGEST_KERNEL}", hint="try --kernel 3")
+        if self.conv_type == "linear" and self.kernel not in (None, 1):
+            raise UsageError(f"linear convs are 1×1: kernel cannot be {self.kernel}", hint="leave out --kernel")
         if not abs(self.alpha_init) < _LARGEST_ALPHA:
             raise UsageError(f"alpha_init is {self.alpha_init:g}, expected a number", hint="try --set alpha_init=1")
         if self.activation is not None and self.activation != "identity":

@@ -1,7 +1,8 @@
 """Convpass: a convolutional bottleneck past each attention and MLP branch of a transformer's block.
 
 Jie and Deng, "Convolutional Bypasses Are Better Vision Transformer Adapters", arXiv 2207.07039:
-X ← X + Block(LN X) + s·CP(LN X), for ViT and Swin; here beside any branch that attends or is an MLP on a grid, one that
+X ← X + Block(LN X) + s·CP(LN X), for ViT and Swin; where the norm closes the branch (Swin-v2) the bypass reads X and
+joins behind the norm. It stands beside any branch that attends or is an MLP on a grid, one that
 shrinks the grid included. Where the block drops paths, one draw drops branch and bypass (the paper's code draws twice).
 """
 
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme
+from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme, joining
 from cadapt.adapters.tokens import explain_grid, from_map, to_map
 from cadapt.errors import UsageError
 from cadapt.plan import Form
@@ -194,6 +195,7 @@ def _scheme(name: str, summary: str, needs: str, *kinds: SiteKind) -> Scheme:
         summary=summary,
         config=ConvpassConfig,
         needs=needs,
+        joins=joining("bypass", *kinds),
         select=_beside(*kinds),
         fits=_explain_misfit,
         build=_build,

@@ -8,7 +8,6 @@ which the paper does not have, are decided here and said where they are decided.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,7 +17,7 @@ from timm.layers import create_act_layer, get_act_layer
 from torch import nn
 from torch.nn import functional
 
-from cadapt.adapters.scheme import Placement, Refusal, Scheme
+from cadapt.adapters.scheme import Placement, Refusal, Scheme, joining
 from cadapt.adapters.tokens import explain_grid, from_map, to_map
 from cadapt.errors import UsageError
 from cadapt.plan import Form
@@ -26,6 +25,7 @@ from cadapt.site import Layout, Pair, Site
 
 _LARGEST_KERNEL = 63
 _LARGEST_RANK = 65_536
+_SMALLEST_SCALE, _LARGEST_SCALE = 1e-6, 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,8 @@ class IConFormerConfig:
             raise UsageError(f"r is {self.r}, expected 1 to {_LARGEST_RANK}", hint="try --set r=64")
         if not 1 <= self.kernel <= _LARGEST_KERNEL or self.kernel % 2 == 0:
             raise UsageError(f"kernel is {self.kernel}, expected an odd number from 1 to {_LARGEST_KERNEL}")
-        if not math.isfinite(self.s):
-            raise UsageError(f"s is {self.s}, expected a finite number", hint="try --set s=1")
+        if not _SMALLEST_SCALE < abs(self.s) < _LARGEST_SCALE:
+            raise UsageError(f"s is {self.s:g}, expected a number other than 0", hint="try --set s=1")
         if self.activation is not None and not _is_activation(self.activation):
             raise UsageError(f"unknown activation '{self.activation}'", hint="relu, gelu, silu, hard_swish, identity …")
 
@@ -263,6 +263,7 @@ SCHEMES = (
         summary="a bottleneck convolved with kernels computed from each picture, parallel to each MLP or block",
         config=IConFormerConfig,
         needs="blocks on a grid, or MLPs of blocks on one",
+        joins=joining("bypass", "mlp") | joining("parallel", "block"),
         select=_select,
         fits=_explain_misfit,
         build=_build,

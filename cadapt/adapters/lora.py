@@ -19,13 +19,14 @@ from torch import nn
 from cadapt.adapters.conv_geometry import Geometry
 from cadapt.adapters.conv_merge import add_to_layer, find_plain_conv
 from cadapt.adapters.conv_reach import explain_reach, own_geometry
-from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme
+from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme, joining
 from cadapt.adapters.tokens import from_map, to_map
 from cadapt.errors import UsageError
 from cadapt.plan import Form
 from cadapt.site import Layout, Site
 
 _LARGEST_ALPHA = 1e6
+_LARGEST_RANK = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,8 @@ class LoraConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UsageError(f"rank is {self.rank}, expected 1 or more", hint="try --set rank=8")
+        if not 1 <= self.rank <= _LARGEST_RANK:
+            raise UsageError(f"rank is {str(self.rank):.12}, expected 1 to {_LARGEST_RANK}", hint="try --set rank=8")
         if self.alpha is not None and not 0 < abs(self.alpha) < _LARGEST_ALPHA:
             raise UsageError(
                 f"alpha is {self.alpha:g}, expected a number other than 0", hint="leave it out for a scale of 1"
@@ -208,6 +209,7 @@ SCHEMES = (
         summary="update of low rank for each conv and linear layer",
         config=LoraConfig,
         needs="convs or linear layers in its blocks",
+        joins=joining("parallel", "conv", "downsample", "linear"),
         select=_select,
         fits=_fits,
         build=_build,

@@ -16,10 +16,10 @@ from torch import nn
 from cadapt.adapters.conv_geometry import Geometry
 from cadapt.adapters.conv_merge import find_plain_conv, fold_behind, fold_beside
 from cadapt.adapters.conv_reach import explain_reach, map_size, own_geometry
-from cadapt.adapters.scheme import MergedLayer, NoSettings, Placement, Refusal, Scheme
+from cadapt.adapters.scheme import MergedLayer, NoSettings, Placement, Refusal, Scheme, joining
 from cadapt.adapters.tokens import from_map, to_map
 from cadapt.plan import Form
-from cadapt.site import Layout, Pair, Site
+from cadapt.site import Layout, Pair, Site, SiteKind
 
 _ONE_PIXEL = Geometry(kernel=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1))
 
@@ -121,11 +121,14 @@ def _on_all_convs(sites: Iterable[Site], config: NoSettings) -> tuple[Placement,
     return tuple(Placement(site=site, form="parallel") for site in chosen)
 
 
-def _scheme(name: str, summary: str, select: Any, *, needs: str, paper: str, bias: bool) -> Scheme:
+def _scheme(
+    name: str, summary: str, select: Any, *, joins: frozenset[tuple[SiteKind, Form]], needs: str, paper: str, bias: bool
+) -> Scheme:
     return Scheme(
         name=name,
         paper=paper,
         summary=summary,
+        joins=joins,
         needs=needs,
         select=select,
         fits=_fits,
@@ -137,14 +140,30 @@ def _scheme(name: str, summary: str, select: Any, *, needs: str, paper: str, bia
 _REBUFFI, _ABLATION = "arXiv 1803.10082", "arXiv 2208.07463, table 5"
 _WIDE = "convs with a kernel over 1 inside or between its blocks"
 _ALL = "convs inside or between its blocks"
-_BESIDE, _BEHIND = _on_wide_convs("parallel"), _on_wide_convs("sequential")
 SCHEMES = (
-    _scheme("residual-par", "1×1 conv parallel to each conv", _BESIDE, needs=_WIDE, paper=_REBUFFI, bias=False),
-    _scheme("residual-seq", "1×1 conv after each conv", _BEHIND, needs=_WIDE, paper=_REBUFFI, bias=False),
+    _scheme(
+        "residual-par",
+        "1×1 conv parallel to each conv",
+        _on_wide_convs("parallel"),
+        joins=joining("parallel", "conv", "downsample"),
+        needs=_WIDE,
+        paper=_REBUFFI,
+        bias=False,
+    ),
+    _scheme(
+        "residual-seq",
+        "1×1 conv after each conv",
+        _on_wide_convs("sequential"),
+        joins=joining("sequential", "conv", "downsample"),
+        needs=_WIDE,
+        paper=_REBUFFI,
+        bias=False,
+    ),
     _scheme(
         "all-conv-par",
         "1×1 conv with a bias parallel to every conv, 1×1 ones too",
         _on_all_convs,
+        joins=joining("parallel", "conv", "downsample", "linear"),
         needs=_ALL,
         paper=_ABLATION,
         bias=True,

@@ -15,7 +15,7 @@ from torch import nn
 
 from cadapt.errors import UsageError, close_matches
 from cadapt.plan import BnPolicy, Form
-from cadapt.site import Site
+from cadapt.site import Site, SiteKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,11 @@ class Refusal:
     """Why something cannot be done, in one sentence."""
 
     reason: str
+
+
+def joining(form: Form, *kinds: SiteKind) -> frozenset[tuple[SiteKind, Form]]:
+    """What a scheme joins, for :attr:`Scheme.joins`: these kinds of sites in one form."""
+    return frozenset((kind, form) for kind in kinds)
 
 
 def _nothing(sites: Iterable[Site], config: Any) -> tuple[Placement, ...]:
@@ -82,12 +87,13 @@ class NoSettings:
 class Scheme:
     """One method as the commands name it.
 
-    ``select`` picks sites and forms; ``fits`` gives the reason why a config does not fit a site, or None; ``build``
-    makes the module, a map from the site's input (parallel) or output (sequential) to its output; ``merge`` folds a
-    trained one into the site's layer or refuses; ``simplify`` gives an equal module, and its config, that computes less
-    after training; ``pack`` gives an equal module, and its config, that a file holds in fewer bytes; ``tunes`` names
-    the base's own tensors that train in their place, ``changes`` those that a learned difference is added to; ``needs``
-    says what a base must have, for the refusal where nothing was selected.
+    ``joins`` are the kinds of sites it joins, each with the form; ``select`` picks sites and forms; ``fits`` gives the
+    reason why a config does not fit a site, or None; ``build`` makes the module, a map from the site's input (parallel,
+    bypass) or output (sequential) to its output; ``merge`` folds a trained one into the site's layer or refuses;
+    ``simplify`` gives an equal module, and its config, that computes less after training; ``pack`` gives an equal
+    module, and its config, that a file holds in fewer bytes; ``tunes`` names the base's own tensors that train in their
+    place, ``changes`` those that a learned difference is added to; ``needs`` says what a base must have, for the
+    refusal where nothing was selected.
     """
 
     name: str
@@ -95,6 +101,7 @@ class Scheme:
     summary: str
     config: type[Any] = NoSettings
     needs: str = ""
+    joins: frozenset[tuple[SiteKind, Form]] = frozenset()
     select: Callable[[Iterable[Site], Any], tuple[Placement, ...]] = _nothing
     fits: Callable[[Site, Form, Any], str | None] = _fits
     build: Callable[[Site, Form, Any], nn.Module] = _build_nothing
@@ -138,7 +145,7 @@ def _read_value(scheme: str, name: str, value: Any, kind: Any) -> Any:
         raise UsageError(f"{scheme}: {name} needs a value")
     try:
         return _READERS[options[0]](value)
-    except (ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise UsageError(f"{scheme}: {name} is {value!r}, expected {options[0].__name__}") from error
 
 

@@ -14,7 +14,7 @@ import torch
 from timm import layers
 from torch import nn
 
-from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme
+from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme, joining
 from cadapt.plan import Form
 from cadapt.site import Layout, Site
 
@@ -136,6 +136,7 @@ SCHEMES = (
         summary="scale and shift the channels behind every layer",
         config=ScaleShiftConfig,
         needs="convolutions, linear layers or norms",
+        joins=joining("sequential", "layer"),
         select=_select,
         build=_build,
         merge=_merge,

@@ -15,7 +15,7 @@ from timm.layers import make_divisible
 from torch import nn
 from torch.nn import functional
 
-from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme
+from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme, joining
 from cadapt.adapters.tokens import explain_grid, from_map, to_map
 from cadapt.errors import UsageError
 from cadapt.plan import Form
@@ -205,6 +205,7 @@ SCHEMES = (
         summary="TinyTL's lite residual beside each block",
         config=LiteResidualConfig,
         needs="blocks on a grid (a branch of convs, attention or an MLP added to a shortcut, or modules that repeat)",
+        joins=joining("parallel", "block"),
         select=_select,
         fits=_explain_misfit,
         build=_build,

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme
+from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme, joining
 from cadapt.errors import CadaptError, UsageError
 from cadapt.plan import Form
 from cadapt.site import Site
@@ -108,6 +108,7 @@ SCHEMES = (
         summary="add a learned border to the picture",
         config=BorderPromptConfig,
         needs="pictures as input",
+        joins=joining("sequential", "input"),
         select=_select,
         fits=_explain_misfit,
         build=_build,

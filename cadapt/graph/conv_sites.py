@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
@@ -58,14 +59,15 @@ def _conv_site(
 
 def linear_sites(anatomy: Anatomy) -> Iterable[Located]:
     """Every linear layer and 1×1 conv of a block."""
+    calls = number_reads(anatomy)
     for block in anatomy.blocks:
         for node in block.scope.nodes:
-            located = _linear_site(anatomy, node, anatomy.stage_of[block.scope.key])
+            located = _linear_site(anatomy, node, calls.get(node, 0), anatomy.stage_of[block.scope.key])
             if located is not None:
                 yield located
 
 
-def _linear_site(anatomy: Anatomy, node: fx.Node, stage: int) -> Located | None:
+def _linear_site(anatomy: Anatomy, node: fx.Node, read: int, stage: int) -> Located | None:
     """A linear layer's or a 1×1 conv's site, where the node calls one on something that depends on the input."""
     path = owner_of(node, anatomy.model)
     conv, sources = conv_of(node, anatomy.model), sources_of(node)
@@ -75,7 +77,7 @@ def _linear_site(anatomy: Anatomy, node: fx.Node, stage: int) -> Located | None:
         layout = "NHWC" if len(shape_of(node) or ()) == 4 else "NLC"
     elif conv is None or conv.is_wide:
         return None
-    call = call_of(node) if node.op == "call_module" else 0
+    call = call_of(node) if node.op == "call_module" else read
     site = anatomy.site("linear", path or str(node.target), call, sources[0], node, layout) if sources else None
     if site is None:
         return None
@@ -88,6 +90,18 @@ def _linear_site(anatomy: Anatomy, node: fx.Node, stage: int) -> Located | None:
         stage=stage,
     )
     return Located(site=site, input=sources[0], output=node)
+
+
+def number_reads(anatomy: Anatomy) -> dict[fx.Node, int]:
+    """Which use of a layer's weight a multiplication is that the base does itself."""
+    seen: Counter[str] = Counter()
+    numbers = {}
+    for node in anatomy.order:
+        path = owner_of(node, anatomy.model) if node.op == "call_function" else None
+        if path is not None:
+            numbers[node] = seen[path]
+            seen[path] += 1
+    return numbers
 
 
 def owner_of(node: fx.Node, model: nn.Module) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from cadapt.graph.anatomy import Anatomy, Located
-from cadapt.graph.conv_sites import owner_of
+from cadapt.graph.conv_sites import number_reads, owner_of
 from cadapt.graph.flow import sources_of
 from cadapt.graph.operators import MIXERS, shape_of
 from cadapt.site import Layout, Site
@@ -37,10 +37,10 @@ def layer_sites(anatomy: Anatomy) -> Iterable[Located]:
         crossing = anatomy.crossings.find(scope.nodes) if _is_layer(module) else None
         if crossing is not None and crossing[1].meta["from_input"]:
             yield from _layer_site(scope.path, scope.call, module, *crossing)
-    for node in anatomy.order:
-        path = owner_of(node, anatomy.model) if node.op == "call_function" else None
+    for node, read in number_reads(anatomy).items():
+        path = owner_of(node, anatomy.model)
         if path is not None and sources_of(node):
-            yield from _layer_site(path, 0, anatomy.model.get_submodule(path), sources_of(node)[0], node)
+            yield from _layer_site(path, read, anatomy.model.get_submodule(path), sources_of(node)[0], node)
 
 
 def _layer_site(path: str, call: int, module: nn.Module, start: fx.Node, end: fx.Node) -> Iterable[Located]:

@@ -101,3 +101,14 @@ def _only_parameters(node: fx.Node) -> bool:
 def plain_path(key: str) -> str:
     """The module path of a scope's key, without its call."""
     return key.partition("@")[0]
+
+
+def called_around(graph: fx.Graph, path: str) -> str:
+    """The path of the module that a graph calls to run another: itself, or one around it that was not traced through.
+
+    Empty where the graph calls neither.
+    """
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    while path and path not in called:
+        path = path.rpartition(".")[0]
+    return path

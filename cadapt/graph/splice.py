@@ -37,6 +37,7 @@ class Splicer:
         output = self._current(joint)
         with self.graph.inserting_after(output):
             total = self.graph.call_function(torch.add, (output,))
+        total.meta = dict(output.meta)  # whoever reads it next asks for its shape
         # a sequential call needs no copy: what overwrites the output afterwards overwrites the sum in its place
         source = output if form == "sequential" else self._unspoilt(self._current(located.input))
         output.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)

@@ -12,9 +12,9 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
-from cadapt.adapters import get_scheme
 from cadapt.bundle import Bundle
 from cadapt.errors import RefusedError
+from cadapt.making import read_insertion
 from cadapt.plan import Insertion
 from cadapt.surgery import adapter_path
 
@@ -25,7 +25,7 @@ def pack_bundle(bundle: Bundle) -> tuple[Bundle, int]:
     What changed is in fp64, so that it is rounded once, by whoever writes it; all else is the bundle's own.
 
     Raises:
-        RefusedError: the tensors are not those the plan calls for.
+        RefusedError: the plan is none of ours, or the tensors are not those it calls for.
     """
     tensors = dict(bundle.tensors)
     insertions = tuple(_pack(insertion, tensors) for insertion in bundle.plan.insertions)
@@ -35,10 +35,9 @@ def pack_bundle(bundle: Bundle) -> tuple[Bundle, int]:
 
 def _pack(insertion: Insertion, tensors: dict[str, torch.Tensor]) -> Insertion:
     """Pack one adapter, its tensors in place; return its entry in the plan, the same one where nothing changed."""
-    method = get_scheme(insertion.scheme)
+    method, config = read_insertion(insertion)
     if method.pack is None:
         return insertion
-    config = method.configure(insertion.config)
     with torch.device("meta"):
         adapter = method.build(insertion.site, insertion.form, config)
     prefix = f"{adapter_path(insertion)}."
