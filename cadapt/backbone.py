@@ -245,6 +245,10 @@ def resolve_preprocessing(model: nn.Module, img_size: int | None = None) -> Prep
     """The preprocessing timm resolves for a model, at another input size where one is given."""
     config = resolve_data_config({}, model=model)
     _, height, width = config["input_size"]
+    # a ViT that was created for another size takes no other
+    created_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(created_for, tuple) and len(created_for) == 2:
+        height, width = created_for
     if img_size is not None:
         height = width = img_size
     channels = _input_channels(model, config["input_size"][0])

@@ -37,7 +37,8 @@ def insert(
         model: a model from timm, on any device, the meta device included.
         scheme: a scheme's name, see ``cadapt.SCHEMES``.
         num_classes: classes of a fresh head; None trains a copy of the model's own classifier.
-        img_size: height and width of the input in pixels; None is the model's own.
+        img_size: height and width of the input in pixels; None is the model's own: what a ViT was created for, else
+            what timm says of its weights.
         include: globs over site paths to adapt; none means all.
         exclude: globs over site paths to leave out.
         head_norm: put a fresh LayerNorm before the head's classifier.
@@ -58,6 +59,7 @@ def insert(
     >>> sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     15170
     """
+    include, exclude = ((item,) if isinstance(item, str) else item for item in (include, exclude))
     if not isinstance(model, nn.Module):
         raise UsageError(f"insert takes a model, not {model!r:.60}", hint="timm.create_model(NAME, pretrained=True)")
     backbone = describe_model(model, img_size)

@@ -46,6 +46,10 @@ def get_schemes(name: str) -> tuple[Scheme, ...]:
     Raises:
         UsageError: a name is unknown, comes twice, or adds nothing to another.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"a scheme is a name, not {name!r:.60}", hint="several are joined: 'lora+bias'")
+    if "," in name:
+        raise UsageError(f"'{name}' is no scheme", hint=f"schemes are joined by +: {name.replace(',', '+')}")
     parts = name.split("+")
     methods = tuple(get_scheme(part) for part in parts)
     for part in parts:
@@ -75,9 +79,11 @@ def configure(methods: Sequence[Scheme], settings: Mapping[str, Any]) -> tuple[A
         named = [item for item in known if scheme.replace("_", "-") in ("", item)]
         takers = [item for item in named if name in known[item] or len(known) == 1]
         if not takers:
+            owners = [item for item in known if name in known[item]]
             choices = {name for names in known.values() for name in names}
             tip = close_matches(name, choices) if choices else "they have none"
-            raise UsageError(f"{'+'.join(known)} has no setting '{key}'", hint=tip)
+            tip = f"{owners[0]} has it: {owners[0]}.{name}" if scheme and owners else tip
+            raise UsageError(f"{scheme or '+'.join(known)} has no setting '{name if scheme else key}'", hint=tip)
         for taker in takers:
             given[taker][name] = value
     return tuple(method.configure(given[method.name]) for method in methods)

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from cadapt.cli._options import AsJson, Checkpoint, Force, Output, Quiet
-from cadapt.cli._schemes import LISTED
+from cadapt.cli._schemes import LISTED, SCHEME_NAMES
 from cadapt.cli._streams import DEFAULT_ADAPTER, check_output, deliver, print_json, print_path
-from cadapt.errors import UsageError
+from cadapt.errors import UsageError, close_matches
 
 EXAMPLE = "cadapt insert resnet50 --scheme conv-par --gamma 4"
 
@@ -47,6 +47,7 @@ def command(
 
     What is written was loaded back, spliced in, and compared with the base on a random batch.
     """
+    _check_names(scheme)
     target = output or str(DEFAULT_ADAPTER)
     if not dry_run:
         check_output(target, force=force, as_json=as_json)
@@ -80,6 +81,13 @@ def command(
         print_path(target, as_json=as_json)
     if as_json:
         print_json(record)
+
+
+def _check_names(scheme: str) -> None:
+    """Refuse a mistyped scheme at once: the registry itself takes seconds to import."""
+    for name in scheme.split("+"):
+        if name not in SCHEME_NAMES and "," not in scheme:
+            raise UsageError(f"unknown scheme '{name}'", hint=close_matches(name, SCHEME_NAMES))
 
 
 def _read_settings(pairs: list[str]) -> dict[str, str]:

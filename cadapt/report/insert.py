@@ -27,6 +27,7 @@ def show_plan(model: AdaptedModel) -> None:
                   f"input {'×'.join(map(str, model.preprocessing.input_size))}")  # fmt: skip
     if plan.insertions:
         _show_rows(_adapter_rows(model), "adapters")
+        console.print(f"settings: {literal(_settings(plan))}", style="dim")
     if plan.deltas:
         _show_rows(_difference_rows(model), "tensors")
     trained = sum(item.numel() for item in model.parameters() if item.requires_grad)
@@ -35,6 +36,21 @@ def show_plan(model: AdaptedModel) -> None:
         f"{_what_is_added(plan)}, {count(trained)} trainable parameters ({percent(share)} of the backbone's "
         f"{count(plan.base.parameters)}{_own(model, trained)}), besides the head that training adds"
     )
+
+
+def _settings(plan: Plan) -> str:
+    """Each scheme's settings, the defaults too."""
+    by_scheme = {item.scheme: item.config for item in plan.insertions}
+    shown = {
+        scheme: ", ".join(f"{key}={_plain(value)}" for key, value in config.items() if value is not None)
+        for scheme, config in by_scheme.items()
+    }
+    several = len(shown) > 1
+    return "; ".join(f"{scheme} {text}" if several else text for scheme, text in shown.items() if text) or "none"
+
+
+def _plain(value: object) -> str:
+    return (",".join(map(str, value)) or "by layer") if isinstance(value, list | tuple) else str(value)
 
 
 def _what_is_added(plan: Plan) -> str:
@@ -91,7 +107,8 @@ def _cells(model: AdaptedModel, insertion: Insertion, *, joined: bool) -> dict[s
         "out": "×".join(map(str, site.out_shape)),
         "K": kernel,
         "stride": str(site.stride[0]) if kernel else "",
-        "σ": site.activation if kernel else "",
+        # a scheme whose non-linearity is its own says so in its settings, or has none
+        "σ": (insertion.config["activation"] or site.activation) if "activation" in insertion.config else "",
         "parameters": count(sum(item.numel() for item in adapter.parameters())),
     }
 

@@ -18,7 +18,8 @@ def test_few_adapters_have_a_row_each(capsys: pytest.CaptureFixture[str]) -> Non
     lines = shown(capsys, "plain", "conv-par")
     assert lines[1].split() == ["site", "kind", "form", "in", "out", "K", "stride", "σ", "parameters"]
     assert [line.split()[0] for line in lines[2:9]][:2] == ["layer1.0.conv1", "layer1.0.conv2"]
-    assert lines[9].startswith("7 adapters, ")
+    assert lines[9].startswith("settings: down=channel, ")
+    assert lines[10].startswith("7 adapters, ")
 
 
 def test_many_adapters_share_rows_that_count_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
