@@ -186,8 +186,8 @@ def find_obstacle(site_path: str, modules: Mapping[str, nn.Module], graph: fx.Gr
     calls = [node for node in graph.nodes if node.op == "call_module" and modules.get(str(node.target)) is layer]
     if len(calls) > 1:
         return f"the layer is called {len(calls)} times, and this adapter stands at one of the calls"
-    names = tuple(f"{path}." for path, module in modules.items() if module is layer)
-    reads = [node for node in graph.nodes if node.op == "get_attr" and str(node.target).startswith(names)]
+    names = {f"{path}.{leaf}" for path, module in modules.items() if module is layer for leaf in ("weight", "bias")}
+    reads = [node for node in graph.nodes if node.op == "get_attr" and node.target in names]
     # a layer that was traced through is known by who reads its tensors
     readers = {user for node in reads for user in node.users}
     if not calls and len(readers) > 1:

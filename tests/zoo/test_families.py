@@ -173,7 +173,7 @@ _MUTANTS = {
     "planned tensors get no gradient": _built_as(_Idle),
     "file: the loaded model differs": _built_as(_Forgetful),
     "the merged layer fails its check": _merging_too_much,
-    "insertion: KeyError: 'width' at cadapt/surgery.py:": _failing_to_build,
+    "insertion: KeyError: 'width' at cadapt/making.py:": _failing_to_build,
 }
 
 
