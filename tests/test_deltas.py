@@ -209,3 +209,13 @@ def test_settings_find_their_scheme() -> None:
     kernels = {item.scheme: item.config["kernel"] for item in model.plan.insertions}
     assert kernels == {"conv-par": None, "res-seq": 1}
     assert get_scheme("conv-par").config().gamma is None
+
+
+@pytest.mark.parametrize("scheme", ["norm", "bias+norm", "ssf"])
+def test_a_norm_in_a_head_that_the_task_replaces_is_left_alone(scheme: str) -> None:
+    """Without classes ConvNeXt's head stays closed, and the task's stands in for all of it."""
+    base = randomise(timm.create_model("test_convnext", num_classes=0)).eval()
+    model = cadapt.insert(base, scheme, num_classes=3, img_size=64)
+    assert not any(name.startswith("head.") for name in model.plan.deltas)
+    assert not any(item.site.path.startswith("head.") for item in model.plan.insertions)
+    assert model(images_for("test_resnet")).shape == (2, 3)
