@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cadapt.adapters import get_scheme
 from cadapt.graph.operators import shape_of
+from cadapt.merging.measure import adapter_input, count_macs
 from cadapt.plan import Form, Insertion, Plan
 from cadapt.planning import Survey
 from cadapt.site import Pair, Site, SiteKind
@@ -77,11 +77,7 @@ def _measure(scheme: str, site: Site, form: Form, settings: Settings) -> tuple[P
 
 @functools.lru_cache(maxsize=4096)
 def _count_macs(scheme: str, site: Site, form: Form, settings: Settings) -> int:
-    adapter = _build(scheme, site, form, settings).eval()
-    shape = site.out_shape if form == "sequential" else site.in_shape
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        adapter(torch.empty((1, *shape), device="meta"))
-    return int(counter.get_total_flops()) // 2
+    return count_macs(_build(scheme, site, form, settings).eval(), adapter_input(site, form))
 
 
 def _build(scheme: str, site: Site, form: Form, settings: Settings) -> nn.Module:
