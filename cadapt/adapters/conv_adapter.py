@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.layers import Conv2dSame, create_act_layer
+from timm.layers import create_act_layer
 from torch import nn
 
 from cadapt.adapters.conv_geometry import (
@@ -26,6 +26,7 @@ from cadapt.adapters.conv_geometry import (
     reached_grid,
 )
 from cadapt.adapters.conv_merge import merge_conv_adapter
+from cadapt.adapters.conv_reach import make_conv
 from cadapt.adapters.conv_settings import ConvAdapterConfig
 from cadapt.adapters.scheme import Placement, Scheme, joining
 from cadapt.adapters.tokens import from_map, to_map
@@ -62,17 +63,7 @@ class ConvAdapter(nn.Module):
         pool: int = 1,
     ) -> None:
         super().__init__()
-        # TensorFlow's rule pads by the picture's size; torch's own "same" is it for stride 1 only
-        same = geometry.padding == "same"
-        self.depthwise = (Conv2dSame if same else nn.Conv2d)(
-            in_channels,
-            width,
-            geometry.kernel,
-            stride=geometry.stride,
-            padding=0 if same else geometry.padding,
-            dilation=geometry.dilation,
-            groups=groups,
-        )
+        self.depthwise = make_conv(in_channels, width, geometry, groups=groups, bias=True)
         self.activation = nn.Identity() if activation == "identity" else create_act_layer(activation)
         self.pointwise = nn.Conv2d(width, out_channels, 1)
         self.alpha = nn.Parameter(torch.full((1, out_channels, 1, 1), alpha)) if learn_alpha else None

@@ -5,6 +5,9 @@ It does for every single conv; where a site is several convs, or a module that w
 
 from __future__ import annotations
 
+from timm.layers import Conv2dSame
+from torch import nn
+
 from cadapt.adapters.conv_geometry import Geometry, reached_grid
 from cadapt.site import Layout, Pair, Site
 
@@ -13,6 +16,23 @@ def own_geometry(site: Site) -> Geometry:
     """Kernel, stride, padding and dilation of the conv at a site, which must have a kernel."""
     assert site.kernel is not None, site.name
     return Geometry(kernel=site.kernel, stride=site.stride, padding=site.padding, dilation=site.dilation)
+
+
+def make_conv(in_channels: int, out_channels: int, geometry: Geometry, *, groups: int, bias: bool) -> nn.Conv2d:
+    """A conv of a geometry, initialised as torch does it."""
+    # TensorFlow's rule pads by the picture's size; torch's own "same" is it for stride 1 only
+    same = geometry.padding == "same"
+    conv: nn.Conv2d = (Conv2dSame if same else nn.Conv2d)(
+        in_channels,
+        out_channels,
+        geometry.kernel,
+        stride=geometry.stride,
+        padding=0 if same else geometry.padding,
+        dilation=geometry.dilation,
+        groups=groups,
+        bias=bias,
+    )
+    return conv
 
 
 def map_size(shape: tuple[int, ...], layout: Layout) -> Pair | None:

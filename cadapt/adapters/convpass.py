@@ -8,7 +8,6 @@ shrinks the grid included. Where the block drops paths, one draw drops branch an
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from cadapt.adapters.scaling import with_scale_folded
 from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme, joining
 from cadapt.adapters.tokens import explain_grid, from_map, to_map
 from cadapt.errors import UsageError
@@ -159,18 +159,9 @@ def _show(sides: Pair) -> str:
     return f"{sides[0]}×{sides[1]}"
 
 
-@torch.no_grad()
 def fold_scale(adapter: nn.Module, config: ConvpassConfig) -> tuple[nn.Module, ConvpassConfig]:
-    """Fold s into the last map: s·(W z + b) = (s·W) z + s·b. Returns an equal adapter with s = 1.
-
-    The argument is left as it was. Computed in fp64 and rounded once.
-    """
-    folded = copy.deepcopy(adapter)
-    assert isinstance(folded, Convpass)
-    for tensor in (folded.up.weight, folded.up.bias):
-        tensor.copy_((tensor.double() * folded.scale).to(tensor.dtype))
-    folded.scale = 1.0
-    return folded, replace(config, s=1.0)
+    """Return an equal adapter with s = 1, folded into its last map."""
+    return with_scale_folded(adapter), replace(config, s=1.0)
 
 
 def _refuse_merge(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) -> Refusal | MergedLayer:

@@ -7,7 +7,6 @@ which the paper does not have, are decided here and said where they are decided.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,6 +16,7 @@ from timm.layers import create_act_layer, get_act_layer
 from torch import nn
 from torch.nn import functional
 
+from cadapt.adapters.scaling import with_scale_folded
 from cadapt.adapters.scheme import Placement, Refusal, Scheme, joining
 from cadapt.adapters.tokens import explain_grid, from_map, to_map
 from cadapt.errors import UsageError
@@ -242,18 +242,9 @@ def _merge(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) 
     return Refusal(reason="its convolution's weights are computed from each input, which no fixed weights can equal")
 
 
-@torch.no_grad()
 def fold_scale(adapter: nn.Module, config: IConFormerConfig) -> tuple[nn.Module, IConFormerConfig]:
-    """Fold s into the up-projection: s·(U y + b) = (s U) y + s b. Returns an equal adapter with s = 1.
-
-    The argument is left as it was. Computed in fp64 and rounded once.
-    """
-    folded = copy.deepcopy(adapter)
-    assert isinstance(folded, InputConditionedAdapter) and folded.up.bias is not None
-    for tensor in (folded.up.weight, folded.up.bias):
-        tensor.copy_((tensor.double() * folded.scale).to(tensor.dtype))
-    folded.scale = 1.0
-    return folded, replace(config, s=1.0)
+    """Return an equal adapter with s = 1, folded into its last map."""
+    return with_scale_folded(adapter), replace(config, s=1.0)
 
 
 SCHEMES = (

@@ -6,19 +6,17 @@ as a path parallel to the layer. For a conv A has the conv's kernel and B is 1×
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from timm.layers import Conv2dSame
 from torch import nn
 
 from cadapt.adapters.conv_geometry import Geometry
 from cadapt.adapters.conv_merge import add_to_layer, find_plain_conv
-from cadapt.adapters.conv_reach import explain_reach, own_geometry
+from cadapt.adapters.conv_reach import explain_reach, make_conv, own_geometry
+from cadapt.adapters.scaling import with_scale_folded
 from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme, joining
 from cadapt.adapters.tokens import from_map, to_map
 from cadapt.errors import UsageError
@@ -86,7 +84,7 @@ class Lora(nn.Module):
             self.down = nn.Linear(in_channels, rank, bias=False)
             self.up = nn.Linear(rank, out_channels, bias=False)
         else:
-            self.down = _make_conv(in_channels, rank * groups, geometry, groups)
+            self.down = make_conv(in_channels, rank * groups, geometry, groups=groups, bias=False)
             self.up = nn.Conv2d(rank * groups, out_channels, 1, groups=groups, bias=False)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.up.weight)
@@ -109,23 +107,6 @@ class Lora(nn.Module):
         out_channels, rank = up.shape[:2]
         product = up.reshape(self.groups, -1, rank) @ down.reshape(self.groups, rank, -1)
         return self.scale * product.reshape(out_channels, *down.shape[1:])
-
-
-def _make_conv(in_channels: int, out_channels: int, geometry: Geometry, groups: int) -> nn.Conv2d:
-    """A conv without a bias of this geometry."""
-    # TensorFlow's rule pads by the picture's size; torch's own "same" is it for stride 1 only
-    same = geometry.padding == "same"
-    conv: nn.Conv2d = (Conv2dSame if same else nn.Conv2d)(
-        in_channels,
-        out_channels,
-        geometry.kernel,
-        stride=geometry.stride,
-        padding=0 if same else geometry.padding,
-        dilation=geometry.dilation,
-        groups=groups,
-        bias=False,
-    )
-    return conv
 
 
 def _is_linear_layer(site: Site) -> bool:
@@ -188,16 +169,9 @@ def _find_plain_linear(layer: nn.Module | None) -> nn.Linear | Refusal:
     return Refusal(reason=f"the layer is {kind}, and not a plain linear one that could take it up")
 
 
-@torch.no_grad()
 def fold_scale(adapter: nn.Module, config: LoraConfig) -> tuple[nn.Module, LoraConfig]:
-    """Fold the scale into B and leave dropout out, for use after training. Returns an equal adapter of scale 1.
-
-    The argument is left as it was. Computed in fp64 and rounded once.
-    """
-    folded: Any = copy.deepcopy(adapter)
-    weight = folded.up.weight
-    weight.copy_((weight.double() * folded.scale).to(weight.dtype))
-    folded.scale = 1.0
+    """Return an equal adapter of scale 1, folded into B, and without dropout, for use after training."""
+    folded = with_scale_folded(adapter)
     folded.dropout = nn.Identity()
     return folded, replace(config, alpha=None, dropout=0.0)
 
