@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from cadapt.errors import CadaptError
-from cadapt.export import standardised
 from cadapt.export.report import Dtype
+from cadapt.graph import standardised
 from cadapt.preprocessing import Preprocessing
 
 # a protobuf message ends at 2 GiB; the graph beside the weights needs some of it

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from cadapt.errors import CadaptError, UsageError
-from cadapt.export import ExportReport, export_onnx, onnx_bytes, pad_before_pool, read_onnx_header, standardised
+from cadapt.export import ExportReport, export_onnx, onnx_bytes, pad_before_pool, read_onnx_header
+from cadapt.graph import standardised
 
 from .models import CLASSES, PREPROCESSING, SIZE, make_bit, make_timm, trace
 

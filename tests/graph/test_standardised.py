@@ -6,7 +6,7 @@ from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdCon
 from torch import fx, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from cadapt.export.standardised import bake_layer, bake_weights
+from cadapt.graph.standardised import bake_layer, bake_weights
 
 SHAPE = torch.Size((1, 8, 15, 17))
 
