@@ -26,29 +26,37 @@ def meta_copy(module: nn.Module) -> nn.Module:
     >>> twin.weight.shape, twin.weight.device.type
     (torch.Size([2, 3]), 'meta')
     """
-    with _MetaTensors():
+    return twin_copy(module, _twin)
+
+
+def twin_copy(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Return a deep copy whose tensors are what ``make`` gives for each; the rest is as :func:`meta_copy` says."""
+    with _TwinTensors(make):
         return copy.deepcopy(module)
 
 
-class _MetaTensors(TorchFunctionMode):
-    """While it is on, copying a tensor gives a meta twin of it: ``deepcopy`` finds every tensor, however nested."""
+class _TwinTensors(TorchFunctionMode):
+    """While it is on, copying a tensor gives its twin: ``deepcopy`` finds every tensor, however nested."""
+
+    def __init__(self, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._make = make
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.Tensor.__deepcopy__:
-            return _remembered_twin(*args)
+            return self._remembered(*args)
         if func is torch.Tensor.clone:  # what Parameter.__deepcopy__ calls on its data
-            return _twin(args[0])
+            return self._make(args[0])
         return func(*args, **(kwargs or {}))
 
-
-def _remembered_twin(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
-    if id(tensor) not in memo:
-        # unlike torch's own copy this takes tensors that a graph made: the meta twin is a new leaf
-        memo[id(tensor)] = _twin(tensor).requires_grad_(tensor.requires_grad)
-    twin: torch.Tensor = memo[id(tensor)]
-    return twin
+    def _remembered(self, tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        if id(tensor) not in memo:
+            # unlike torch's own copy this takes tensors that a graph made: the twin is a new leaf
+            memo[id(tensor)] = self._make(tensor).requires_grad_(tensor.requires_grad)
+        twin: torch.Tensor = memo[id(tensor)]
+        return twin
 
 
 def _twin(tensor: torch.Tensor) -> torch.Tensor:
