@@ -7,9 +7,10 @@ splits, loaders and class matching know nothing else. Imports no torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,8 @@ EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
 )
 SHOWN = 20
+# folders listed at once: a network disk answers each one late, but many together
+_LISTED_AT_ONCE = 8
 
 
 class Images(Protocol):
@@ -95,24 +98,28 @@ class ImageSet:
         return replace(self, samples=samples, classes=tuple(classes))
 
 
-def find_images(folder: str | Path, *, minimum_classes: int = 2) -> ImageSet:
+def find_images(
+    folder: str | Path, *, minimum_classes: int = 2, subfolders: Sequence[str] | None = None
+) -> ImageSet:
     """Find the pictures in a folder's class subfolders: classes sorted by name, pictures by path.
 
     Pictures may lie deeper inside a class; links are followed. Hidden files and folders, files that have no picture's
-    extension, and files beside the class folders are ignored.
+    extension, and files beside the class folders are ignored. Every folder is listed once, and no file is looked at.
 
     Args:
         minimum_classes: 2 to train; 1 is enough to evaluate.
+        subfolders: the names of the class folders, sorted, where the caller has listed them already.
 
     Raises:
         UsageError: there is no such folder, or it has no class subfolders.
         RefusedError: a class without pictures, fewer classes than needed, or a link that leads back to its own folder.
     """
     root = require_folder(folder)
-    classes = tuple(entry.name for entry in visible_folders(root))
+    classes = tuple(visible_folders(root) if subfolders is None else subfolders)
     if not classes:
         raise _no_classes(root)
-    found = [list(_pictures_below(root / name, name)) for name in classes]
+    with ThreadPoolExecutor(max_workers=_LISTED_AT_ONCE) as pool:
+        found = list(pool.map(partial(_pictures_of_class, str(root)), classes))
     if not any(found):
         raise RefusedError(f"no images in '{root}': looked in {len(classes)} class folders for {_extensions()}")
     empty = [name for name, paths in zip(classes, found, strict=True) if not paths]
@@ -126,7 +133,7 @@ def find_images(folder: str | Path, *, minimum_classes: int = 2) -> ImageSet:
             f"one class only in '{root}': '{classes[0]}', expected at least {minimum_classes}",
             hint="give the folder that holds one subfolder for each class",
         )
-    samples = tuple((path, label) for label, paths in enumerate(found) for path in sorted(paths))
+    samples = tuple((path, label) for label, paths in enumerate(found) for path in paths)
     return ImageSet(root=root, samples=samples, classes=classes)
 
 
@@ -142,16 +149,16 @@ def require_folder(folder: str | Path) -> Path:
     if path.exists():
         raise UsageError(f"not a folder: '{path}' is a file", hint="give the folder that holds the class folders")
     parent = path.parent
-    siblings = [entry.name for entry in visible_folders(parent)] if parent.is_dir() else []
+    siblings = visible_folders(parent) if parent.is_dir() else []
     raise UsageError(
         f"no folder '{path}'",
         hint=close_matches(path.name, siblings) if siblings else f"there is nothing in '{parent}'",
     )
 
 
-def visible_folders(folder: Path) -> list[os.DirEntry[str]]:
-    """Return a folder's subfolders by name, the hidden ones left out."""
-    return [entry for entry in _entries(folder) if entry.is_dir()]
+def visible_folders(folder: Path) -> list[str]:
+    """Return the sorted names of a folder's subfolders, the hidden ones left out."""
+    return sorted(entry.name for entry in _entries(str(folder)) if entry.is_dir())
 
 
 def listed(names: Sequence[str]) -> str:
@@ -160,30 +167,40 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What a folder holds, in the disk's order, the hidden left out; paths are text here, of which few are made."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+            return [entry for entry in entries if entry.name[0] != "."]
     except OSError as error:
         raise RefusedError(f"cannot list the folder '{folder}': {(error.strerror or str(error)).lower()}") from error
 
 
-def _pictures_below(folder: Path, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    status = folder.stat()
+def _pictures_of_class(root: str, name: str) -> list[str]:
+    """The sorted paths below ``root`` of the pictures in one of its folders."""
+    found: list[str] = []
+    _collect(os.path.join(root, name), f"{name}/", (), found)  # noqa: PTH118  (text, as in _entries)
+    found.sort()
+    return found
+
+
+def _collect(folder: str, prefix: str, above: tuple[tuple[int, int], ...], found: list[str]) -> None:
+    status = os.stat(folder)  # noqa: PTH116
     here = (status.st_dev, status.st_ino)
     if here in above:
         raise RefusedError(f"'{folder}' is a link that leads back to a folder it lies in", hint="remove the link")
     for entry in _entries(folder):
-        path = f"{prefix}/{entry.name}"
+        # asked of the listing itself, but for links
         if entry.is_dir():
-            yield from _pictures_below(folder / entry.name, path, (*above, here))
+            _collect(entry.path, f"{prefix}{entry.name}/", (*above, here), found)
         elif is_picture(entry.name):
-            yield path
+            found.append(prefix + entry.name)
 
 
 def is_picture(name: str) -> bool:
     """Tell by its extension whether a file is meant to be a picture."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122  (thrice as fast, and names may be millions)
+    dot = name.rfind(".")  # names may be millions: this takes a third of os.path.splitext, a tenth of Path.suffix
+    return dot > 0 and name[dot:].lower() in EXTENSIONS
 
 
 def _extensions() -> str:
@@ -191,7 +208,7 @@ def _extensions() -> str:
 
 
 def _no_classes(root: Path) -> UsageError:
-    pictures = sum(is_picture(entry.name) for entry in _entries(root))
+    pictures = sum(is_picture(entry.name) for entry in _entries(str(root)))
     found = f"{pictures} images directly in it" if pictures else "nothing to read in it"
     return UsageError(
         f"no class subfolders in '{root}': {found}",

@@ -69,6 +69,15 @@ class _Part:
     test: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Folder:
+    """A folder as it was listed: its subfolders, and those of each of train, val, … that are parts of a source."""
+
+    path: Path
+    subfolders: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
+
+
 def open_training_data(
     source: str,
     *,
@@ -174,11 +183,12 @@ def _training_parts(source: str, val: str | None) -> tuple[_Part, _Part | None]:
         )
         train = replace(_reader_part(source, split), test=test)
         return train, held if held is not None or other is None else _reader_part(source, other)
-    folder = _source_folder(source)
-    parts = _folder_parts(folder)
+    folder = _list_folder(source)
+    parts = folder.parts
     if "train" not in parts:
-        if parts and {entry.name for entry in visible_folders(folder)} <= set(HELD_OUT_SPLITS):
-            raise UsageError(f"no train/ in '{folder}', only {' and '.join(parts)}", hint="give the folder of one part")
+        if parts and set(folder.subfolders) <= set(HELD_OUT_SPLITS):
+            only = " and ".join(parts)
+            raise UsageError(f"no train/ in '{folder.path}', only {only}", hint="give the folder of one part")
         return _folder_part(folder, None), held
     other, test = (next(filter(parts.__contains__, names), None) for names in (VALIDATION_SPLITS, TEST_SPLITS))
     train = replace(_folder_part(folder, "train"), test=test)
@@ -192,32 +202,31 @@ def _held_out_part(source: str, order: Sequence[str]) -> _Part:
         if split is None:
             raise UsageError(f"no split {' or '.join(HELD_OUT_SPLITS)} in {source}", hint=f"name one: {source}#SPLIT")
         return _reader_part(source, split)
-    folder = _source_folder(source)
-    parts = _folder_parts(folder)
-    part = next((name for name in order if name in parts), None)
-    if part is None and "train" in parts:
+    folder = _list_folder(source)
+    part = next((name for name in order if name in folder.parts), None)
+    if part is None and "train" in folder.parts:
         raise UsageError(
-            f"'{folder}' has train/ but none of {', '.join(HELD_OUT_SPLITS)}", hint=f"to use that: {folder / 'train'}"
+            f"'{folder.path}' has train/ but none of {', '.join(HELD_OUT_SPLITS)}",
+            hint=f"to use that: {folder.path / 'train'}",
         )
     return _folder_part(folder, part, minimum_classes=1)
 
 
-def _source_folder(source: str) -> Path:
+def _list_folder(source: str) -> _Folder:
     prefix = source.partition("/")[0].lower()
     if prefix in ("tfds", "hfids") and not Path(source).exists():
         raise UsageError(f"no reader '{prefix}/'", hint=f"known readers: {', '.join(f'{name}/' for name in PREFIXES)}")
-    return require_folder(source)
+    path = require_folder(source)
+    subfolders = tuple(visible_folders(path))
+    below = {name: tuple(visible_folders(path / name)) for name in ("train", *HELD_OUT_SPLITS) if name in subfolders}
+    # a class of that name holds pictures, a part holds folders
+    return _Folder(path=path, subfolders=subfolders, parts={name: classes for name, classes in below.items() if classes})
 
 
-def _folder_parts(folder: Path) -> tuple[str, ...]:
-    """Return which of train, val, … beneath are parts: a class of that name holds pictures, a part holds folders."""
-    names = {entry.name for entry in visible_folders(folder)}
-    return tuple(name for name in ("train", *HELD_OUT_SPLITS) if name in names and visible_folders(folder / name))
-
-
-def _folder_part(folder: Path, part: str | None, *, minimum_classes: int = 2) -> _Part:
-    images = find_images(folder / part if part else folder, minimum_classes=minimum_classes)
-    return _Part(images=images, kind="folder", name=folder.resolve().name, part=part)
+def _folder_part(folder: _Folder, part: str | None, *, minimum_classes: int = 2) -> _Part:
+    path, classes = (folder.path, folder.subfolders) if part is None else (folder.path / part, folder.parts[part])
+    images = find_images(path, minimum_classes=minimum_classes, subfolders=classes)
+    return _Part(images=images, kind="folder", name=folder.path.resolve().name, part=part)
 
 
 def _reader_part(source: str, split: str) -> _Part:
