@@ -1,0 +1,27 @@
+"""What autocast would do to the operands of a convolution or a matrix product.
+
+An `autograd.Function` hides its inside from autocast, so the fronts of this package cast before they enter one: the
+casts are then ordinary autograd nodes, which keep nothing and return gradients in the operand's own dtype.
+"""
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes products in on a device now, or None where it is off."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in autocast's dtype; as it is where autocast is off (None) or, as autocast has it, in float64."""
+    if dtype is None or tensor.dtype == dtype or tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)
+
+
+def cast_bias(bias: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """The same for a bias that may be missing."""
+    return None if bias is None else cast(bias, dtype)
