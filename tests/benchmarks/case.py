@@ -42,8 +42,8 @@ def make_model(case: Case) -> nn.Module:
     """Return the case's model with random weights that let every path carry a signal, on its device.
 
     timm starts the last norm of a residual branch at zero and layer scales near it: gradients through them would be
-    zeros, and zeros can be cheaper to multiply. Norm weights are redrawn from 0.5 … 1.5, layer scales set to 0.1, and the
-    statistics of batch norms taken from random images, as pretrained ones would fit theirs.
+    zeros, and zeros can be cheaper to multiply. Norm weights are redrawn from 0.5 … 1.5, layer scales set to 0.1, and
+    the statistics of batch norms taken from random images, as pretrained ones would fit theirs.
     """
     torch.manual_seed(SEED)
     options = {"img_size": case.size} if _fixed_size(case.model) else {}

@@ -43,13 +43,17 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way to train; ``build`` turns a model of its own into what is trained."""
+    """One way to train; ``build`` turns a model of its own into what is trained.
+
+    ``twin`` names the contender that this one repeats in another memory format.
+    """
 
     name: str
     what: str
     build: Callable[[nn.Module, Case], Trained]
     channels_last: bool = False
     compiled: bool = False
+    twin: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -92,9 +96,9 @@ def make_runner(name: str, case: Case, model: nn.Module) -> Runner:
     """
     contender = CONTENDERS[name]
     own = copy.deepcopy(model)
+    if contender.twin is not None and not _has_maps(own):
+        raise Unavailable(f"a model of tokens has no maps to lay out: see '{contender.twin}'")
     if contender.channels_last:
-        if not _has_maps(own):
-            raise Unavailable("has no maps to lay out: as without channels_last")
         own = own.to(memory_format=torch.channels_last)
     # adapters draw their weights
     torch.manual_seed(0)
@@ -148,7 +152,9 @@ def _lora(model: nn.Module, case: Case) -> Trained:
 
 
 def _cadapt(model: nn.Module, case: Case) -> nn.Module:
-    return cadapt.insert(model.train(), "conv-par", img_size=case.size).train()
+    adapted = cadapt.insert(model.train(), "conv-par", img_size=case.size).train()
+    # as `cadapt train` lays models out, the adapters too
+    return adapted.to(memory_format=torch.channels_last)
 
 
 def _plain(model: nn.Module, case: Case) -> Trained:
@@ -158,13 +164,13 @@ def _plain(model: nn.Module, case: Case) -> Trained:
 
 def _engine(**options: Any) -> Callable[[nn.Module, Case], Trained]:
     def build(model: nn.Module, case: Case) -> Trained:
-        return prepared(_cadapt(model, case), **options)
+        return prepared(_cadapt(model, case), precision=case.precision, **options)
 
     return build
 
 
 def _engine_compiled(model: nn.Module, case: Case) -> Trained:
-    trained = prepared(_cadapt(model, case))
+    trained = prepared(_cadapt(model, case), precision=case.precision)
     trained.forward = torch.compile(trained.forward)
     return trained
 
@@ -195,13 +201,15 @@ def _train_with_frozen_norms(model: nn.Module) -> None:
 
 _ALL = (
     Contender(name="full", what="full fine-tuning", build=_full),
-    Contender(name="full-cl", what="full fine-tuning, channels_last", build=_full, channels_last=True),
+    Contender(name="full-cl", what="full fine-tuning, channels_last", build=_full, channels_last=True, twin="full"),
     Contender(name="linear", what="linear probing", build=_linear),
-    Contender(name="linear-cl", what="linear probing, channels_last", build=_linear, channels_last=True),
+    Contender(name="linear-cl", what="linear probing, channels_last", build=_linear, channels_last=True, twin="linear"),
     Contender(name="paper", what="the paper's conv-par", build=_paper),
-    Contender(name="paper-cl", what="the paper's conv-par, channels_last", build=_paper, channels_last=True),
+    Contender(
+        name="paper-cl", what="the paper's conv-par, channels_last", build=_paper, channels_last=True, twin="paper"
+    ),
     Contender(name="lora", what="PEFT LoRA r=8", build=_lora),
-    Contender(name="lora-cl", what="PEFT LoRA r=8, channels_last", build=_lora, channels_last=True),
+    Contender(name="lora-cl", what="PEFT LoRA r=8, channels_last", build=_lora, channels_last=True, twin="lora"),
     Contender(name="plain", what="cadapt without the engine", build=_plain, channels_last=True),
     Contender(name="engine", what="cadapt with the engine", build=_engine(), channels_last=True),
     Contender(

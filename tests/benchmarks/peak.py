@@ -1,4 +1,4 @@
-"""Peak memory of one contender's steps, measured in a process of its own: ``python -m tests.benchmarks.peak CASE NAME``.
+"""Peak memory of one contender's steps, in a process of its own: ``python -m tests.benchmarks.peak CASE NAME THREADS``.
 
 On a CPU the growth of the resident set over what it was before the first step, model and data included; on a GPU the
 same of torch's allocator. Both therefore hold gradients and optimizer state as well as what autograd keeps.

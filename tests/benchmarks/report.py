@@ -8,7 +8,7 @@ from typing import Any
 from tests.benchmarks.timing import ratio
 
 Row = Mapping[str, Any]
-MEGABYTE = 1e6
+MEBIBYTE = 2**20
 # what a contender is compared with: of each pair the one that was faster in this case
 _RIVALS = {
     "full": ("full", "full-cl"),
@@ -17,7 +17,6 @@ _RIVALS = {
     "plain": ("plain",),
 }
 _CASE_KEYS = ("model", "batch", "size", "precision", "device")
-_LEAST_ONE = "the least of its formats"
 
 
 def case_of(row: Row) -> tuple[Any, ...]:
@@ -48,7 +47,7 @@ def _head(machine: Mapping[str, Any]) -> str:
     return (
         f"# Training steps\n\n{where}; {versions}.\n\n"
         "Steps are interleaved in one process. “× full” and the like say how many times as fast as that competitor's "
-        "faster memory format: medians of the ratios within a round. “saved” is what lives between forward and backward "
+        "faster memory format: medians of the ratios within a round. “saved” is what lives from forward to backward "
         "besides parameters and buffers, “of full” its share of full fine-tuning's; “peak” is a process's growth over "
         "model and data, gradients and optimizer state included."
     )
@@ -56,11 +55,11 @@ def _head(machine: Mapping[str, Any]) -> str:
 
 def _table(by_name: Mapping[str, Row]) -> str:
     rivals = {title: best for title, names in _RIVALS.items() if (best := _fastest(by_name, names)) is not None}
-    titles = ["contender", "ms", "images/s", *(f"× {title}" for title in rivals), "saved MB", "of full", "peak MB"]
+    titles = ["contender", "ms", "images/s", *(f"× {title}" for title in rivals), "saved MiB", "of full", "peak MiB"]
     lines = [_line(titles), _line(["---", *["---:"] * (len(titles) - 1)])]
     full = by_name.get("full", {}).get("saved")
     reasons = []
-    for name, row in by_name.items():
+    for row in by_name.values():
         if row["status"] != "ok":
             lines.append(_line([row["what"], row["status"], *[""] * (len(titles) - 2)]))
             reasons.append(f"- {row['what']}: {row['status']}: {row['reason']}.")
@@ -77,7 +76,7 @@ def _table(by_name: Mapping[str, Row]) -> str:
                     f"{milliseconds:.1f}",
                     f"{row['images_per_second']:.1f}",
                     *speeds,
-                    f"{row['saved']['bytes'] / MEGABYTE:.1f}",
+                    f"{row['saved']['bytes'] / MEBIBYTE:.1f}",
                     share,
                     _peak(row),
                 ]
@@ -93,7 +92,7 @@ def _fastest(by_name: Mapping[str, Row], names: Sequence[str]) -> str | None:
 
 def _peak(row: Row) -> str:
     peak = row.get("peak", {}).get("peak_bytes")
-    return "–" if peak is None else f"{peak / MEGABYTE:.0f}"
+    return "–" if peak is None else f"{peak / MEBIBYTE:.0f}"
 
 
 def _line(cells: Sequence[str]) -> str:
