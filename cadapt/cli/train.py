@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cadapt.cli._errors import explain
+from cadapt.cli._imports import collector_paused
 from cadapt.cli._options import Adapter, AsJson, Checkpoint, Device, Force, Output, Precision, Quiet, SkipBad, Workers
 from cadapt.cli._streams import (
     DEFAULT_ADAPTER,
@@ -129,7 +130,8 @@ def _resumed_job(
     checkpoint: Path | None,
 ) -> Iterator[TrainJob]:
     """The run in a folder, which is held meanwhile."""
-    from cadapt.jobs import TrainJob, hold_folder
+    with collector_paused():
+        from cadapt.jobs import TrainJob, hold_folder
 
     job = TrainJob.read(folder)
     free = _refuse_changes(job, data, asked, recipe)
@@ -153,7 +155,8 @@ def _new_job(
     run_folder: Path | None,
 ) -> Iterator[TrainJob]:
     """A run that begins, its folder made and held meanwhile."""
-    from cadapt.jobs import TaskOptions, TrainJob, hold_folder, new_folder
+    with collector_paused():
+        from cadapt.jobs import TaskOptions, TrainJob, hold_folder, new_folder
     from cadapt.train import TrainConfig
 
     if data is None:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from cadapt.data.encoded import Picture, open_picture
 from cadapt.data.images import check_image, read_image
 from cadapt.errors import RefusedError, UsageError, close_matches
 
@@ -47,6 +48,9 @@ class Images(Protocol):
 
     def read(self, index: int) -> Image.Image:
         """Read one picture as upright 8-bit RGB. Raises: UnreadableImage."""
+
+    def open(self, index: int) -> Picture:
+        """Open one picture, to be decoded in whole or in part. Raises: UnreadableImage."""
 
     def check(self, index: int) -> None:
         """Decode one picture only to see whether it can be. Raises: UnreadableImage."""
@@ -84,6 +88,10 @@ class ImageSet:
         """Read one picture as upright 8-bit RGB. Raises: UnreadableImage."""
         return read_image(self.root / self.samples[index][0])
 
+    def open(self, index: int) -> Picture:
+        """Open one picture, to be decoded in whole or in part. Raises: UnreadableImage."""
+        return open_picture(self.root / self.samples[index][0])
+
     def check(self, index: int) -> None:
         """Decode one picture only to see whether it can be. Raises: UnreadableImage."""
         check_image(self.root / self.samples[index][0])
@@ -98,9 +106,7 @@ class ImageSet:
         return replace(self, samples=samples, classes=tuple(classes))
 
 
-def find_images(
-    folder: str | Path, *, minimum_classes: int = 2, subfolders: Sequence[str] | None = None
-) -> ImageSet:
+def find_images(folder: str | Path, *, minimum_classes: int = 2, subfolders: Sequence[str] | None = None) -> ImageSet:
     """Find the pictures in a folder's class subfolders: classes sorted by name, pictures by path.
 
     Pictures may lie deeper inside a class; links are followed. Hidden files and folders, files that have no picture's

@@ -1,15 +1,18 @@
-"""Decodes every picture of a source once, before any work is done on it: all that cannot be read is named at once.
+"""Decodes every picture of a source once, so that all that cannot be read are named together.
 
-:mod:`cadapt.data.source` calls this between finding pictures and splitting them.
+:mod:`cadapt.data.source` calls this between finding pictures and splitting them, and :mod:`cadapt.data.beside` while a
+run goes on. What was found whole once, by any run, is not decoded again: see :mod:`cadapt.data.verdicts`.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from cadapt.data.folder import Images, listed
+from cadapt.data.folder import Images, ImageSet, listed
 from cadapt.data.images import BadImage, Progress, check_each
+from cadapt.data.verdicts import Verdicts
 from cadapt.errors import RefusedError
 
 
@@ -24,6 +27,38 @@ class UnreadableImages(RefusedError):
         )
         self.files = tuple(files)
         self.total = total
+
+
+class Pictures:
+    """The pictures of all parts of a source under one numbering, with what is known of their files."""
+
+    def __init__(self, parts: Sequence[Images]) -> None:
+        self._parts = parts
+        self._starts = [0, *accumulate(len(images) for images in parts)]
+        self._verdicts = [Verdicts(images.root) if isinstance(images, ImageSet) else None for images in parts]
+
+    def __len__(self) -> int:
+        """Return the number of pictures in all parts."""
+        return self._starts[-1]
+
+    def check(self, index: int) -> None:
+        """Decode one picture, unless its file is known to hold a whole one. Raises: UnreadableImage."""
+        number = bisect_right(self._starts, index) - 1
+        images, verdicts, index = self._parts[number], self._verdicts[number], index - self._starts[number]
+        if verdicts is None:
+            images.check(index)
+            return
+        name = images.names[index]
+        stamp = verdicts.stamp(name)
+        if not verdicts.is_good(name, stamp):
+            images.check(index)
+            verdicts.remember(name, stamp)
+
+    def remember(self) -> None:
+        """Write down which files held whole pictures."""
+        for images, verdicts in zip(self._parts, self._verdicts, strict=True):
+            if verdicts is not None:
+                verdicts.save(images.names)
 
 
 def readable_parts(
@@ -41,23 +76,23 @@ def readable_parts(
         UnreadableImages: some cannot be, unless ``skip_bad``.
         RefusedError: a class has none left.
     """
-    starts = [0, *accumulate(len(images) for images in parts)]
-
-    def check(index: int) -> None:
-        part = max(number for number in range(len(parts)) if starts[number] <= index)
-        parts[part].check(index - starts[part])
-
-    found = check_each(starts[-1], check, workers, on_progress)
+    pictures = Pictures(parts)
+    try:
+        found = check_each(len(pictures), pictures.check, workers, on_progress)
+    finally:  # Ctrl-C too: the next time goes on from here
+        pictures.remember()
     if found and not skip_bad:
-        raise UnreadableImages([bad for _, bad in found], starts[-1])
+        raise UnreadableImages([bad for _, bad in found], len(pictures))
     if not found:
         return list(parts), []
     gone = {index for index, _ in found}
-    kept, skipped = [], []
-    for start, images in zip(starts, parts, strict=False):
+    kept, skipped, start = [], [], 0
+    for images in parts:
+        bad = [index for index in range(len(images)) if start + index in gone]
         kept.append(images.select([index for index in range(len(images)) if start + index not in gone]))
-        skipped += [images.names[index] for index in range(len(images)) if start + index in gone]
+        skipped += [images.names[index] for index in bad]
         _require_remaining(images, kept[-1])
+        start += len(images)
     return kept, skipped
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cadapt.data.beside import CHECKED_AHEAD, CheckBeside
 from cadapt.data.classes import match_classes
 from cadapt.data.folder import Images, ImageSet, find_images, listed, require_folder, visible_folders
 from cadapt.data.images import Progress
@@ -36,7 +37,8 @@ from cadapt.errors import RefusedError, UsageError
 class TrainingData:
     """What to train on: ``val`` is None where nothing was held out; ``record`` is JSON-able and goes into the file.
 
-    ``note`` is a line for the user where the split may not be the expected one.
+    ``note`` is a line for the user where the split may not be the expected one. ``check`` is the check of the pictures
+    where it still goes on: whoever trains on them looks at it and closes it.
     """
 
     train: Images
@@ -44,6 +46,7 @@ class TrainingData:
     classes: tuple[str, ...]
     record: Mapping[str, Any]
     note: str | None = None
+    check: CheckBeside | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ def open_training_data(
     workers: int = 0,
     on_progress: Progress | None = None,
     val: str | None = None,
+    beside: bool = False,
 ) -> TrainingData:
     """Open a source to train on, decode every picture once, and hold some out.
 
@@ -100,6 +104,8 @@ def open_training_data(
         workers: threads that decode.
         on_progress: called with how many pictures are decoded and how many there are.
         val: another source to validate on.
+        beside: of a source of more than a few hundred pictures, leave the check going on beside the training, in the
+            ``check`` of what is returned; not with ``skip_bad``, where the split has to know what can be read.
 
     Raises:
         UsageError: there is no such source, or no such share or number of shots.
@@ -111,7 +117,9 @@ def open_training_data(
         raise UsageError(f"validation split: got {val_split}, expected 0 up to 1", hint="--val-split 0.1")
     train_part, held_part = _training_parts(source, val)
     parts = [train_part] if held_part is None else [train_part, _held_like(train_part, held_part)]
-    readable, skipped = readable_parts([part.images for part in parts], skip_bad, workers, on_progress)
+    found = [part.images for part in parts]
+    beside = beside and not skip_bad and sum(len(images) for images in found) > CHECKED_AHEAD
+    readable, skipped = (found, []) if beside else readable_parts(found, skip_bad, workers, on_progress)
     splits, short_classes = _chosen(readable, val_split, shots, seed)
     record = _record(train_part, splits, skipped) | {
         "parts": {name: part.part for name, part in zip(("train", "val"), parts, strict=False)},
@@ -124,7 +132,10 @@ def open_training_data(
     }
     train = splits["train"]
     note = _about_test(source, train_part.test, val_split) if held_part is None and train_part.test else None
-    return TrainingData(train=train, val=splits.get("val"), classes=train.classes, record=record, note=note)
+    check = CheckBeside(found, workers) if beside else None  # last, so that nothing fails while it runs
+    return TrainingData(
+        train=train, val=splits.get("val"), classes=train.classes, record=record, note=note, check=check
+    )
 
 
 def _about_test(source: str, test: str, val_split: float) -> str:
@@ -219,8 +230,8 @@ def _list_folder(source: str) -> _Folder:
     path = require_folder(source)
     subfolders = tuple(visible_folders(path))
     below = {name: tuple(visible_folders(path / name)) for name in ("train", *HELD_OUT_SPLITS) if name in subfolders}
-    # a class of that name holds pictures, a part holds folders
-    return _Folder(path=path, subfolders=subfolders, parts={name: classes for name, classes in below.items() if classes})
+    parts = {name: classes for name, classes in below.items() if classes}  # else it is a class of that name
+    return _Folder(path=path, subfolders=subfolders, parts=parts)
 
 
 def _folder_part(folder: _Folder, part: str | None, *, minimum_classes: int = 2) -> _Part:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -16,15 +18,21 @@ from cadapt.bundle import Bundle, save_bundle
 from cadapt.data import (
     TrainingData,
     TrainLoader,
+    UnreadableImage,
+    UnreadableImages,
     evaluation_batches,
     open_training_data,
 )
+from cadapt.data.beside import CheckBeside
 from cadapt.errors import RefusedError
 from cadapt.jobs.task import Progress, TaskOptions, Trained, default_workers
 from cadapt.library import base_of, from_bundle, to_bundle
 from cadapt.planning import with_head
 from cadapt.train import Event, FitData, Notice, RunFolder, TrainConfig, fit
 from cadapt.train.recorder import versions
+
+if TYPE_CHECKING:
+    from cadapt.train.protocols import Batch
 
 _HEAD = f"{ADAPTERS}.head."
 
@@ -43,6 +51,9 @@ def train_bundle(
 ) -> Trained:
     """Train an adapter on image files.
 
+    Every picture of the source is decoded once: those of a small one, or with ``skip_bad``, before the run; else beside
+    it, and what cannot be read stops it with its state saved.
+
     Args:
         bundle: the adapter, fresh from ``insert`` or trained before on the same classes.
         options: the task.
@@ -50,7 +61,8 @@ def train_bundle(
         run: where metrics and weights are kept; None keeps nothing.
         checkpoint: the base's weights, if not where they last were.
         near: the adapter file's folder.
-        workers: reader processes; None is :func:`default_workers`.
+        workers: reader processes; None is :func:`default_workers`, and 0 starts none, so that the pictures are checked
+            before the run.
         on_event: called with the engine's events.
         on_progress: called while the pictures are checked.
 
@@ -59,28 +71,65 @@ def train_bundle(
         CadaptError: as :func:`cadapt.train.fit` says.
     """
     processes = default_workers() if workers is None else workers
-    data = open_training_data(
+    data = _open(options, config.seed, workers, on_progress)
+    tell = on_event or _ignore
+    for message in (data.note, _counted(data)):
+        if message is not None:
+            tell(Notice(message=message))
+    with nullcontext() if data.check is None else closing(data.check):
+        backbone = base_of(bundle, checkpoint=checkpoint, near=near)
+        model = _with_task_head(bundle, backbone, data.classes, options, config.seed)
+        fit_data = _fit_data(data, model, options, config, processes)
+        saver = partial(_save, classes=data.classes, data=data.record, options=options)
+        with _all_checked(data.check, tell):
+            result = fit(model, fit_data, config, run=run, on_event=on_event, save_weights=saver)
+    model.training_record = _record(data.record, options, {"config": config.to_json(), **result.to_json()})
+    trained = sum(item.numel() for item in model.parameters() if item.requires_grad)
+    return Trained(bundle=to_bundle(model), result=result, trainable_parameters=trained, data=data.record)
+
+
+def _open(options: TaskOptions, seed: int, workers: int | None, on_progress: Progress | None) -> TrainingData:
+    processes = default_workers() if workers is None else workers
+    # before the run, every core is free
+    threads = os.cpu_count() or 1 if workers is None and options.skip_bad else max(1, processes)
+    return open_training_data(
         options.data,
         val=options.val,
         val_split=options.val_split,
         shots=options.shots,
-        seed=config.seed,
+        seed=seed,
         skip_bad=options.skip_bad,
-        workers=max(1, processes),
+        workers=threads,
         on_progress=on_progress,
+        beside=processes > 0,
     )
-    if on_event is not None:
-        for message in (data.note, _counted(data)):
-            if message is not None:
-                on_event(Notice(message=message))
-    backbone = base_of(bundle, checkpoint=checkpoint, near=near)
-    model = _with_task_head(bundle, backbone, data.classes, options, config.seed)
-    fit_data = _fit_data(data, model, options, config, processes)
-    saver = partial(_save, classes=data.classes, data=data.record, options=options)
-    result = fit(model, fit_data, config, run=run, on_event=on_event, save_weights=saver)
-    model.training_record = _record(data.record, options, {"config": config.to_json(), **result.to_json()})
-    trained = sum(item.numel() for item in model.parameters() if item.requires_grad)
-    return Trained(bundle=to_bundle(model), result=result, trainable_parameters=trained, data=data.record)
+
+
+@contextmanager
+def _all_checked(check: CheckBeside | None, tell: Callable[[Event], None]) -> Iterator[None]:
+    """See to it that a run ends well only on data that was checked to the end, and that all bad pictures are named."""
+    if check is None:
+        yield
+        return
+    begun = False
+    try:
+        check.look()
+        begun = True
+        yield
+        check.look()
+        if not check.finished:
+            tell(Notice(message="trained; the check of the pictures has yet to end"))
+        check.finish()
+    except (UnreadableImage, UnreadableImages):
+        if not check.finished:
+            tell(Notice(message="unreadable pictures: checking the rest, so that all of them are named"))
+        try:
+            check.finish()
+        except UnreadableImages as error:
+            if begun:  # on other pictures it would be another run
+                error.hint = "leave them out in a new run with --skip-bad, or replace them"
+            raise
+        raise  # found by a reader alone: the file has changed since it was checked
 
 
 def _counted(data: TrainingData) -> str:
@@ -111,6 +160,21 @@ def _with_task_head(
     return model
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Watched:
+    """The batches of a loader while the check of its pictures goes on."""
+
+    loader: TrainLoader
+    check: CheckBeside
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.loader.steps_per_epoch
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        return self.check.watched(self.loader.batches(epoch, start_step))
+
+
 def _fit_data(
     data: TrainingData, model: AdaptedModel, options: TaskOptions, config: TrainConfig, workers: int
 ) -> FitData:
@@ -122,13 +186,17 @@ def _fit_data(
         seed=config.seed,
         workers=workers,
     )
-    held = data.val
+    held, check = data.val, data.check
+
+    def validation() -> Iterator[Batch]:
+        assert held is not None
+        batches = evaluation_batches(held, model.preprocessing, config.batch_size, workers)
+        return batches if check is None else check.watched(batches)
+
     return FitData(
-        train=loader,
+        train=loader if check is None else _Watched(loader=loader, check=check),
         classes=data.classes,
-        validation=None
-        if held is None
-        else lambda: evaluation_batches(held, model.preprocessing, config.batch_size, workers),
+        validation=None if held is None else validation,
         record={**data.record, "augment": options.augment},
     )
 
@@ -151,3 +219,7 @@ def _record(data: Mapping[str, Any], options: TaskOptions, engine: Mapping[str, 
     """The training record: what, how, and what came of it; paths of this machine left out."""
     told = {key: value for key, value in options.to_json().items() if key not in ("data", "val", "new_head")}
     return {"data": dict(data), "options": told, "versions": versions(), **engine}
+
+
+def _ignore(_event: Event) -> None:
+    pass

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from cadapt.errors import CadaptError, InterruptedRunError
+from cadapt.errors import CadaptError, InterruptedRunError, RefusedError
 from cadapt.train.config import TrainConfig
 from cadapt.train.events import EpochDone, Event, Notice, RunStarted, Saved, StepDone
 from cadapt.train.folder import RunFolder, prepare
@@ -60,7 +60,7 @@ def fit(
 
     Raises:
         UsageError: settings, model, data or run folder do not go together.
-        RefusedError: the saved run is damaged, or of other data or another model.
+        RefusedError: the saved run is damaged, or of other data or another model; or a batch's pictures, after saving.
         InterruptedRunError: stopped by a signal.
         CadaptError: the loss is not finite, or memory ran out; what was saved before is sound.
     """
@@ -83,7 +83,7 @@ class _Loop:
         session = self._session
         self._announce()
         while session.ledger.epoch < session.config.epochs:
-            with _memory_explained(session.config):
+            with _memory_explained(session.config), self._saved_if_refused():
                 self._train_epoch()
                 validation = self._validate()
             self._close_epoch(validation)
@@ -248,6 +248,15 @@ class _Loop:
         if session.run is not None:
             ledger = session.ledger
             self._emit(Saved(path=str(session.run.path), epoch=ledger.epoch, step=ledger.step))
+
+    @contextmanager
+    def _saved_if_refused(self) -> Iterator[None]:
+        """Save when the data is refused: only the batches raise so, between two steps."""
+        try:
+            yield
+        except RefusedError:
+            self._save()
+            raise
 
     def _save_and_stop(self) -> NoReturn:
         self._save()
