@@ -1,22 +1,22 @@
 """Turns a picture into the backbone's input, with one of a few named augmentations on the way.
 
-Built on timm's transforms from the :class:`~cadapt.preprocessing.Preprocessing` an adapter file carries. Training and
-evaluation loaders call what these functions return with an RGB picture and get a tensor.
+Built on timm's transforms from the :class:`~cadapt.preprocessing.Preprocessing` an adapter file carries, and run by
+:mod:`cadapt.data.fused`. Called with an RGB picture, what these functions return gives a tensor; the loaders have it
+written into their batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.transforms import MaybeToTensor
 from torchvision import transforms
 
+from cadapt.data.fused import FusedTransform, Normalise, RandomCropFlip, Whole
 from cadapt.errors import UsageError, close_matches
 from cadapt.preprocessing import Preprocessing
 
@@ -46,13 +46,19 @@ def training_transform(preset: str, preprocessing: Preprocessing) -> Transform:
         return evaluation_transform(preprocessing)
     if preset == "structured":
         return _whole(preprocessing, crop_mode="squash", crop_pct=1.0)
-    first, _, last = _parts(preprocessing, re_prob=0.25 if preset == "strong" else 0.0, re_mode="pixel")
+    (crop, flip), _, last = _parts(preprocessing, re_prob=0.25 if preset == "strong" else 0.0, re_mode="pixel")
     between = []
     if preset == "standard":  # timm leaves colour jitter out wherever RandAugment is on, so each comes by itself
-        between = [_parts(preprocessing, color_jitter=0.3)[1], _parts(preprocessing, auto_augment=_MILD)[1]]
+        between = [*_parts(preprocessing, color_jitter=0.3)[1], *_parts(preprocessing, auto_augment=_MILD)[1]]
     if preset == "strong":
-        between = [_parts(preprocessing, auto_augment=_MAGNITUDE_9)[1]]
-    return _chain(preprocessing, first, *between, *_grey_input(preprocessing), _fast(last, preprocessing))
+        between = _parts(preprocessing, auto_augment=_MAGNITUDE_9)[1]
+    return FusedTransform(
+        preprocessing.input_size,
+        RandomCropFlip(crop, flip),
+        [*between, *_grey_input(preprocessing)],
+        _normalise(preprocessing),
+        last[_tensor_step(last) + 2 :],
+    )
 
 
 def evaluation_transform(preprocessing: Preprocessing) -> Transform:
@@ -64,58 +70,29 @@ def evaluation_transform(preprocessing: Preprocessing) -> Transform:
     return _whole(preprocessing, crop_mode=preprocessing.crop_mode, crop_pct=preprocessing.crop_pct)
 
 
-class PixelsToTensor:
-    """timm's last two steps, scaling to [0, 1] and normalising, by a table of the 256 values a pixel may have.
-
-    The table is made by those steps, so the result is the same to the last bit, in a quarter of the time.
-
-    Args:
-        steps: what turns a picture into the normalised tensor.
-        channels: 1 or 3.
-    """
-
-    def __init__(self, steps: Transform, channels: int) -> None:
-        every_value = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-        if channels > 1:
-            every_value = Image.merge("RGB", [every_value] * channels)
-        self.steps = steps
-        self.table: npt.NDArray[np.float32] = steps(every_value).reshape(channels, 256).numpy()
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Return the picture as float32 ``[channels, height, width]``."""
-        pixels = np.asarray(image)
-        planes = pixels.reshape(*pixels.shape[:2], -1)
-        result = np.empty((planes.shape[2], *planes.shape[:2]), dtype=np.float32)
-        for channel, values in enumerate(self.table):
-            # "clip" spares a check: no uint8 is beyond the table.
-            np.take(values, planes[:, :, channel], out=result[channel], mode="clip")
-        return torch.from_numpy(result)
-
-    def __repr__(self) -> str:
-        """Return the steps it stands for."""
-        return f"PixelsToTensor({self.steps})"
-
-
-def _fast(transform: Any, preprocessing: Preprocessing) -> Any:
-    """Replace the end of one of timm's transforms, whose steps from the tensor on are MaybeToTensor and Normalize."""
-    steps = transform.transforms
-    first = next(number for number, step in enumerate(steps) if isinstance(step, MaybeToTensor))
-    exact = PixelsToTensor(transforms.Compose(steps[first : first + 2]), preprocessing.input_size[0])
-    return transforms.Compose([*steps[:first], exact, *steps[first + 2 :]])
-
-
 def _whole(preprocessing: Preprocessing, *, crop_mode: str, crop_pct: float) -> Transform:
-    timms = create_transform(
-        is_training=False, crop_mode=crop_mode, crop_pct=crop_pct, **_input_settings(preprocessing)
-    )
-    transform = _fast(timms, preprocessing)
-    return _chain(preprocessing, *_grey_input(preprocessing), transform)
+    settings = _input_settings(preprocessing)
+    timms = create_transform(is_training=False, crop_mode=crop_mode, crop_pct=crop_pct, **settings)
+    steps = timms.transforms[: _tensor_step(timms.transforms)]
+    geometry = Whole([*_grey_input(preprocessing), *steps])
+    return FusedTransform(preprocessing.input_size, geometry, (), _normalise(preprocessing))
 
 
-def _parts(preprocessing: Preprocessing, **settings: Any) -> tuple[Any, Any, Any]:
-    """Return timm's training transform in its three parts: crop and flip, colours, tensor."""
+def _tensor_step(steps: Sequence[Any]) -> int:
+    """Return which of timm's steps makes a tensor of the picture; Normalize is the next."""
+    return next(number for number, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+
+
+def _normalise(preprocessing: Preprocessing) -> Normalise:
+    settings = _input_settings(preprocessing)
+    return Normalise(preprocessing.input_size[2], settings["mean"], settings["std"])
+
+
+def _parts(preprocessing: Preprocessing, **settings: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return the steps of timm's training transform in its three parts: crop and flip, colours, tensor."""
     parts = create_transform(separate=True, **{**_input_settings(preprocessing), **_LIGHT, **settings})
-    return cast("tuple[Any, Any, Any]", parts)
+    first, second, last = (list(part.transforms) for part in parts)
+    return first, second, last
 
 
 def _input_settings(preprocessing: Preprocessing) -> dict[str, Any]:
@@ -135,14 +112,3 @@ def _input_settings(preprocessing: Preprocessing) -> dict[str, Any]:
 
 def _grey_input(preprocessing: Preprocessing) -> list[Any]:
     return [transforms.Grayscale(1)] if preprocessing.input_size[0] == 1 else []
-
-
-def _chain(preprocessing: Preprocessing, *steps: Any) -> Transform:
-    return cast(Transform, transforms.Compose([_at_least_two_pixels, *steps]))
-
-
-def _at_least_two_pixels(image: Image.Image) -> Image.Image:
-    """Double a side of one pixel, of which a random crop could take none."""
-    if min(image.size) > 1:
-        return image
-    return image.resize((max(image.width, 2), max(image.height, 2)), Image.Resampling.NEAREST)

@@ -27,7 +27,7 @@ from cadapt.errors import RefusedError
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 WHITE = (255, 255, 255, 255)
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _EXIF_ORIENTATION = 258, 262, 0x0112
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -85,7 +85,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 def decode_image(data: bytes, name: str) -> Image.Image:
     """Decode a picture from its file's bytes, as :func:`read_image` does; ``name`` is for the error."""
-    return _guarded(lambda: to_rgb(_open(data)), name)
+    return guarded(lambda: to_rgb(open_bytes(io.BytesIO(data))), name)
 
 
 def check_image(path: str | Path) -> None:
@@ -97,15 +97,15 @@ def check_bytes(data: bytes, name: str) -> None:
     """Decode a picture's bytes only to see whether it can be done; ``name`` is for the error."""
 
     def check() -> Image.Image:
-        image = _open(data)
+        image = open_bytes(io.BytesIO(data))
         if image.format != "JPEG":
             return to_rgb(image)
         # An eighth of the size: the whole file is still parsed, so a missing end is still found.
         image.draft("RGB", (1, 1))
-        _load(image)
+        load_pixels(image)
         return image
 
-    _guarded(check, name)
+    guarded(check, name)
 
 
 def check_images(paths: Sequence[str | Path], workers: int = 0, on_progress: Progress | None = None) -> list[BadImage]:
@@ -176,8 +176,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: its pixels are of a kind that has no agreed range.
     """
-    _load(image)
-    orientation = _orientation(image)
+    load_pixels(image)
+    orientation = orientation_of(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits per channel")
     if image.mode.startswith("I"):
@@ -185,10 +185,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.has_transparency_data:
         image = _on_white(image)
     upright = image if image.mode == "RGB" else image.convert("RGB")
-    return upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright
+    return upright.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else upright
 
 
-def _guarded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
+def guarded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
+    """Return what ``decode`` returns.
+
+    Raises:
+        UnreadableImage: it raised anything that is a picture's fault; ``name`` is the picture's.
+    """
     try:
         return decode()
     except (UnreadableImage, MemoryError):
@@ -201,12 +206,14 @@ def _guarded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
         raise UnreadableImage(name, _first_line(error)) from error
 
 
-def _open(data: bytes) -> Image.Image:
+def open_bytes(file: io.BytesIO) -> Image.Image:
+    """Open a picture without decoding it; what Pillow raises is for :func:`guarded`."""
     with _pillow_quiet():
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
 
 
-def _load(image: Image.Image) -> None:
+def load_pixels(image: Image.Image) -> None:
+    """Decode an open picture in place; what Pillow raises is for :func:`guarded`."""
     # Only TIFF reads notes, and warns of them, once more after the pixels; the others decode side by side.
     with _pillow_quiet() if image.format == "TIFF" else contextlib.nullcontext():
         image.load()
@@ -229,7 +236,8 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """Return an open picture's EXIF orientation, 1 to 8 where it is sound; 1 where there is none."""
     if image.format not in ("JPEG", "MPO", "PNG", "WEBP", "TIFF"):
         return 1
     if image.format in ("JPEG", "MPO") and "exif" not in image.info and "xmp" not in image.info:

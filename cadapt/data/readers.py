@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from cadapt.data.encoded import DecodedPicture, EncodedPicture, Picture
 from cadapt.data.folder import require_folder
 from cadapt.data.images import UnreadableImage, check_bytes, decode_image, read_file, to_rgb
 from cadapt.data.shards import index_shards, shard_fetchers
@@ -58,6 +59,13 @@ class ReaderImages:
         """Read one picture as upright 8-bit RGB. Raises: UnreadableImage."""
         found = self._fetch(index)
         return to_rgb(found) if isinstance(found, Image.Image) else decode_image(found, self.names[index])
+
+    def open(self, index: int) -> Picture:
+        """Open one picture, to be decoded in whole or in part. Raises: UnreadableImage."""
+        found = self._fetch(index)
+        if isinstance(found, Image.Image):
+            return DecodedPicture(to_rgb(found))
+        return EncodedPicture(found, self.names[index])
 
     def check(self, index: int) -> None:
         """Decode one picture only to see whether it can be. Raises: UnreadableImage."""

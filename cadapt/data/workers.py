@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from cadapt.data.augment import Transform
 from cadapt.data.folder import Images
+from cadapt.data.fused import FusedTransform
 from cadapt.data.images import UnreadableImage
 from cadapt.data.seeding import derive_seed, preserved_generators, seed_generators
 from cadapt.errors import CadaptError
@@ -47,11 +49,9 @@ class Samples:
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int]:
         """Return one picture's tensor ``[C, H, W]`` and label, leaving the generators seeded for it."""
-        epoch, index = key
-        image = self.images.read(index)
-        if self.seed is not None:
-            seed_generators(derive_seed("sample", self.seed, epoch, index))
-        return self.transform(image), self.labels[index]
+        image = self.images.read(key[1])
+        self._seed(key)
+        return self.transform(image), self.labels[key[1]]
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch | UnreadableImage:
         """Return a batch, or the error of the first picture that cannot be read.
@@ -60,10 +60,38 @@ class Samples:
         """
         with preserved_generators():
             try:
+                if isinstance(self.transform, FusedTransform):
+                    return self._written(keys, self.transform)
                 images, labels = default_collate([self[key] for key in keys])
             except UnreadableImage as error:
                 return error
         return images, labels
+
+    def _written(self, keys: Sequence[Key], transform: FusedTransform) -> Batch:
+        """Let each picture be written to its place in the batch's own memory."""
+        channels, height, width = transform.shape
+        batch = new_batch((len(keys), height, width, channels))
+        for place, key in zip(batch, keys, strict=True):
+            picture = self.images.open(key[1])
+            self._seed(key)
+            transform.write(picture, place)
+        return batch.permute(0, 3, 1, 2), torch.tensor([self.labels[index] for _, index in keys])
+
+    def _seed(self, key: Key) -> None:
+        if self.seed is not None:
+            seed_generators(derive_seed("sample", self.seed, *key))
+
+
+def new_batch(shape: tuple[int, ...]) -> torch.Tensor:
+    """Return float32 memory for a batch, in a worker such that the main process shares it.
+
+    numpy asks Linux for large pages where it can, torch does not: of 4 KB each, a batch takes longer to be given than
+    to be filled.
+    """
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, dtype=np.float32))
+    shared: torch.Tensor = torch.empty(shape).share_memory_()  # type: ignore[no-untyped-call]
+    return shared
 
 
 class KeySampler:

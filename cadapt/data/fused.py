@@ -1,0 +1,183 @@
+"""Runs a picture's transform in few passes over memory: decode a crop, resize it, write it normalised into its batch.
+
+:mod:`cadapt.data.augment` builds these from timm's transforms, whose settings and random draws they keep; the loaders'
+workers let them write into the batch's own memory, pixel by pixel (``[B, H, W, C]``, torch's channels_last).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
+from torch import Tensor
+from torchvision import transforms
+
+from cadapt.data.encoded import Box, DecodedPicture, Picture
+
+Step = Callable[[Image.Image], Image.Image]
+_BY_TORCH = ("bilinear", "bicubic")
+
+
+class Geometry(Protocol):
+    """The first part of a transform: from a picture of any size to pixels of the input's size."""
+
+    def __call__(self, picture: Picture) -> Tensor:
+        """Return uint8 ``[H, W, 3]``."""
+
+
+class FusedTransform:
+    """A transform that takes pictures not decoded yet and writes where it is told to.
+
+    Args:
+        shape: of the result, ``(C, H, W)``.
+        geometry: from the picture to its pixels.
+        colours: steps on 8-bit pictures of the input's size.
+        normalise: the step to floating point.
+        last: steps that change the normalised tensor ``[C, H, W]`` in place.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        geometry: Geometry,
+        colours: Sequence[Step],
+        normalise: Normalise,
+        last: Sequence[Callable[[Tensor], Tensor]] = (),
+    ) -> None:
+        self.shape = shape
+        self._geometry = geometry
+        self._colours = tuple(colours)
+        self._normalise = normalise
+        self._last = tuple(last)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return an RGB picture's float32 tensor ``[C, H, W]``."""
+        channels, height, width = self.shape
+        result = torch.empty((height, width, channels))
+        self.write(DecodedPicture(image), result)
+        return result.permute(2, 0, 1).contiguous()
+
+    def write(self, picture: Picture, out: Tensor) -> None:
+        """Write the picture's input into ``out``, float32 ``[H, W, C]``, contiguous.
+
+        Raises:
+            UnreadableImage: the picture could not be decoded.
+        """
+        if min(picture.size) < 2:
+            picture = DecodedPicture(_at_least_two_pixels(picture.whole()))
+        pixels = self._geometry(picture)
+        if self._colours:
+            image = Image.fromarray(pixels.numpy())
+            for step in self._colours:
+                image = step(image)
+            pixels = pixels_of(image)
+        self._normalise(pixels, out)
+        for change in self._last:
+            change(out.permute(2, 0, 1))
+
+    def __repr__(self) -> str:
+        """Return the steps, in their order."""
+        steps = [self._geometry, *self._colours, self._normalise, *self._last]
+        return f"FusedTransform({', '.join(map(str, steps))})"
+
+
+class RandomCropFlip:
+    """timm's random resized crop and torchvision's flip, with their own draws, on a picture not decoded yet.
+
+    Bilinear and bicubic crops are resized by torch's vectorised 8-bit kernels. Where these round otherwise than
+    Pillow, pixels differ by one level; where bicubic overshoots beside black or white, few (one in ten thousand) by
+    some more.
+
+    Args:
+        crop: holds the size, the ranges of area and aspect ratio, and the interpolation (one or several).
+        flip: holds the chance.
+    """
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation, flip: transforms.RandomHorizontalFlip) -> None:
+        self._crop = crop
+        self._flip = flip
+
+    def __call__(self, picture: Picture) -> Tensor:
+        """Return uint8 ``[H, W, 3]``."""
+        height, width = self._crop.size
+        box = self.draw_box(picture.size)
+        choices = self._crop.interpolation
+        mode = random.choice(choices) if isinstance(choices, tuple) else choices
+        part = picture.crop(box, (width, height))
+        flipped = bool(torch.rand(1) < self._flip.p)
+        if mode.value not in _BY_TORCH:
+            pixels = pixels_of(part.resize((width, height), str_to_pil_interp(mode.value)))
+            return pixels.flip(1) if flipped else pixels
+        planes = pixels_of(part).permute(2, 0, 1)[None]
+        resized = torch.nn.functional.interpolate(planes, (height, width), mode=mode.value, antialias=True)
+        return (resized.flip(3) if flipped else resized)[0].permute(1, 2, 0)
+
+    def draw_box(self, size: tuple[int, int]) -> Box:
+        """Draw the crop of a picture of that width and height, as timm does."""
+        stand_in = torch.empty((1, size[1], size[0]), device="meta")  # timm asks a picture for nothing but its size
+        top, left, height, width = self._crop.get_params(stand_in, self._crop.scale, self._crop.ratio)
+        return Box(left, top, width, height)
+
+    def __repr__(self) -> str:
+        """Return the two steps."""
+        return f"{self._crop}, {self._flip}"
+
+
+class Whole:
+    """Steps on the whole decoded picture: those of evaluation, to the last bit timm's."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self._steps = tuple(steps)
+
+    def __call__(self, picture: Picture) -> Tensor:
+        """Return uint8 ``[H, W, 3]``, or ``[H, W, 1]`` after a step to grey."""
+        image = picture.whole()
+        for step in self._steps:
+            image = step(image)
+        return pixels_of(image)
+
+    def __repr__(self) -> str:
+        """Return the steps."""
+        return ", ".join(map(str, self._steps))
+
+
+class Normalise:
+    """timm's last two steps, scaling to [0, 1] and normalising, by the same operations on whole rows of pixels.
+
+    So the result is the same to the last bit.
+
+    Args:
+        width: pixels in a row.
+        mean, std: of each channel.
+    """
+
+    def __init__(self, width: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self._told = f"Normalise(mean={tuple(mean)}, std={tuple(std)})"
+        self._mean = torch.tensor(mean, dtype=torch.float32).repeat(width)
+        self._std = torch.tensor(std, dtype=torch.float32).repeat(width)
+
+    def __call__(self, pixels: Tensor, out: Tensor) -> None:
+        """Write uint8 ``[H, W, C]`` as float32 into ``out`` of that shape, contiguous."""
+        rows = out.view(len(out), -1)
+        rows.view(out.shape).copy_(pixels)
+        rows.div_(255).sub_(self._mean).div_(self._std)
+
+    def __repr__(self) -> str:
+        """Return the statistics."""
+        return self._told
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """Return a copy of an 8-bit picture's pixels, uint8 ``[H, W, C]``."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _at_least_two_pixels(image: Image.Image) -> Image.Image:
+    """Double a side of one pixel, of which a random crop could take none."""
+    return image.resize((max(image.width, 2), max(image.height, 2)), Image.Resampling.NEAREST)
