@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cadapt.frozen.functions.casting import autocast_dtype, cast, cast_bias
+from cadapt.frozen.functions.products import takes_onednn
 
 Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair, int]
@@ -184,15 +185,7 @@ def _is_pointwise(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
     The matrix product that it uses instead is half as fast where MKL does not know the processor.
     """
-    return (
-        geometry == ((1, 1), (0, 0), (1, 1), 1)
-        and weight.shape[2:] == (1, 1)
-        and x.is_cpu
-        and x.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.is_available()
-        and torch._C._get_mkldnn_enabled()
-    )
+    return geometry == ((1, 1), (0, 0), (1, 1), 1) and weight.shape[2:] == (1, 1) and takes_onednn(x)
 
 
 def _dense(grad: Tensor, layout: tuple[torch.Size, tuple[int, ...]]) -> Tensor:
