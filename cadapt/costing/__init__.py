@@ -2,7 +2,7 @@
 
 Everything is counted on twins without data (:mod:`cadapt.meta`, :mod:`cadapt.costing.rehearsal`), so that any model is
 counted in about a second and none is touched. ``cadapt.cost`` and the comparison of schemes are built on it, and the
-forecast of a run's memory (:mod:`cadapt.costing.forecast`).
+forecast of a run's memory (:mod:`cadapt.costing.run_memory`).
 
 Convention ``macs`` counts the multiply–accumulates of convolutions, linear layers, matrix products and attention, and
 nothing else. ``paper`` is the counter of the Conv-Adapter paper (arXiv 2208.07463, table 10), which adds one for each
@@ -19,13 +19,28 @@ from typing import Any
 
 from torch import nn
 
+from cadapt.costing.advice import memory_notices
 from cadapt.costing.operations import CONVENTIONS, Convention, count_macs
 from cadapt.costing.rehearsal import check_shape
+from cadapt.costing.run_memory import MemoryForecast, StepSetting, fitting_batch, forecast
 from cadapt.costing.step import StepBytes, count_activations, measure_step
 from cadapt.errors import UsageError, close_matches
 from cadapt.meta import meta_copy
 
-__all__ = ["CONVENTIONS", "Convention", "Cost", "StepBytes", "cost", "count_activations", "measure_step"]
+__all__ = [
+    "CONVENTIONS",
+    "Convention",
+    "Cost",
+    "MemoryForecast",
+    "StepBytes",
+    "StepSetting",
+    "cost",
+    "count_activations",
+    "fitting_batch",
+    "forecast",
+    "measure_step",
+    "memory_notices",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """What one training step holds: the bytes that autograd keeps for backward, and the most that is alive at once.
 
 The step is rehearsed (:mod:`cadapt.costing.rehearsal`): a forward pass, a sum, a backward pass. Storages are followed
-from the operator that makes them to the moment that nothing needs them, so that what backward frees on its way, and what
-it makes meanwhile, is in the figure. What kernels use within themselves is not.
+from the operator that makes them to the moment that nothing needs them, so that what backward frees on its way, and
+what it makes meanwhile, is in the figure. What kernels use within themselves is not.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def count_activations(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     channels_last: bool = False,
+    disposable: bool = False,
 ) -> int:
     """Count what autograd keeps of one training step, in bytes: distinct storages, but not the model's own tensors.
 
@@ -56,6 +57,7 @@ def count_activations(
         device: the type of device that the step is to run on, which this machine need not have.
         precision: fp32 for none, or ``bf16`` or ``fp16`` autocast.
         channels_last: the memory format of the images.
+        disposable: the model may be used up, which saves a copy where it is on meta already.
 
     Raises:
         UsageError: the input size or the batch makes no sense.
@@ -65,7 +67,7 @@ def count_activations(
     768
     """
     shape = (batch, *check_shape(input_size, batch))
-    rehearsal = rehearse(model, torch.device(device))
+    rehearsal = rehearse(model, torch.device(device), precision, disposable=disposable)
     watch = _Kept()
     with explaining(model, shape), rehearsal.world:
         outputs = _forward(rehearsal, rehearsal.images(shape, channels_last=channels_last), precision, watch)
@@ -90,7 +92,7 @@ def measure_step(
     must be one that this machine has: autograd asks its driver.
     """
     shape = (batch, *check_shape(input_size, batch))
-    rehearsal = rehearse(model, torch.device(device))
+    rehearsal = rehearse(model, torch.device(device), precision)
     trained = [item for item in rehearsal.model.parameters() if item.requires_grad]
     watch, live = _Kept(), _Live()
     with explaining(model, shape), rehearsal.world, live:
