@@ -89,12 +89,16 @@ class Runner:
 
 
 def make_runner(name: str, case: Case, model: nn.Module) -> Runner:
+    """Build a contender by its name, as :func:`make_runner_of`."""
+    return make_runner_of(CONTENDERS[name], case, model)
+
+
+def make_runner_of(contender: Contender, case: Case, model: nn.Module) -> Runner:
     """Build a contender on a copy of ``model``.
 
     Raises:
         Unavailable: it cannot run there; the message says why.
     """
-    contender = CONTENDERS[name]
     own = copy.deepcopy(model)
     if contender.twin is not None and not _has_maps(own):
         raise Unavailable(f"a model of tokens has no maps to lay out: see '{contender.twin}'")

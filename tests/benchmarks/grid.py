@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.benchmarks.case import Case, make_batches, make_model
 from tests.benchmarks.contenders import CONTENDERS, Runner, make_runner
-from tests.benchmarks.peak import measure_peak
+from tests.benchmarks.peak import allocated_peak, measure_peak
 from tests.benchmarks.saved_bytes import SavedBytes, count_saved_bytes
 from tests.benchmarks.timing import time_steps, warm_up
 from tests.benchmarks.unavailable import Unavailable
@@ -34,7 +34,7 @@ def run_case(case: Case, contenders: Sequence[str], *, repeats: int, peaks: bool
         case: the case.
         contenders: names, in the order in which they take their turns.
         repeats: timed rounds.
-        peaks: whether to measure peak memory, in a process for each contender.
+        peaks: whether to measure peak memory on a CPU, in a process for each contender; on a GPU it is free.
     """
     model, batches = make_model(case), make_batches(case)
     runners: dict[str, Runner] = {}
@@ -49,7 +49,7 @@ def run_case(case: Case, contenders: Sequence[str], *, repeats: int, peaks: bool
         rows[name]["losses"] = runners[name].losses
     del model, runners, batches
     release()
-    if peaks:
+    if peaks and case.device == "cpu":
         threads = torch.get_num_threads()
         for name, row in rows.items():
             if row["status"] == "ok":
@@ -63,14 +63,15 @@ def _admit(name: str, case: Case, model: torch.nn.Module, batches: Sequence[Batc
         runner = make_runner(name, case, model)
         parameters = [parameter for parameter in runner.trained.model.parameters() if parameter.requires_grad]
         row["trainable_parameters"] = sum(parameter.numel() for parameter in parameters)
+        base = allocated(case)
         warm_up(runner, batches)
+        if base is not None:
+            row["peak"] = allocated_peak(runner, batches[0], base)
         row["saved"] = count(runner, batches[0])
     except Unavailable as reason:
         row.update(status="unavailable", reason=str(reason))
     except Exception as error:
-        traceback.print_exc(file=sys.stderr)
-        line = next(iter(str(error).splitlines()), "")
-        row.update(status="failed", reason=f"{type(error).__name__}: {line}")
+        row.update(status="failed", reason=report_failure(error))
     else:
         row.update(status="ok", note=runner.trained.note)
         return runner
@@ -79,11 +80,31 @@ def _admit(name: str, case: Case, model: torch.nn.Module, batches: Sequence[Batc
 
 
 def count(runner: Runner, batch: Batch) -> Row:
-    """Return the bytes that one of the runner's steps keeps for its backward pass, as a JSON object."""
+    """Return the bytes that one of the runner's steps keeps for its backward pass, as a JSON object.
+
+    ``allocated_bytes`` is what the GPU's allocator makes of it, an independent count, logits and rounding included.
+    """
     saved: SavedBytes = count_saved_bytes(
         lambda: runner.loss(*batch), runner.modules, see_hidden=not runner.contender.compiled
     )
-    return {"bytes": saved.total, "hooked_bytes": saved.hooked, "hidden_bytes": saved.hidden}
+    found = {"bytes": saved.total, "hooked_bytes": saved.hooked, "hidden_bytes": saved.hidden}
+    before = allocated(runner.case)
+    if before is None:
+        return found
+    loss = runner.loss(*batch)
+    found["allocated_bytes"] = torch.cuda.memory_allocated(loss.device) - before
+    return found
+
+
+def allocated(case: Case) -> int | None:
+    """Return the bytes that are allocated on the GPU, None on a CPU."""
+    return torch.cuda.memory_allocated(case.device) if case.device.startswith("cuda") else None
+
+
+def report_failure(error: Exception) -> str:
+    """Print an error's traceback to stderr and return a line about it, for the row."""
+    traceback.print_exception(error, file=sys.stderr)
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _time_figures(seconds: Sequence[float], batch: int) -> Row:

@@ -1,7 +1,7 @@
-"""Peak memory of one contender's steps, in a process of its own: ``python -m tests.benchmarks.peak CASE NAME THREADS``.
+"""Peak memory of one contender's steps over what there was before the first, model and data included.
 
-On a CPU the growth of the resident set over what it was before the first step, model and data included; on a GPU the
-same of torch's allocator. Both therefore hold gradients and optimizer state as well as what autograd keeps.
+It therefore holds gradients and optimizer state as well as what autograd keeps. On a CPU it is the growth of the
+resident set of a fresh process, ``python -m tests.benchmarks.peak CASE NAME THREADS``; on a GPU torch's allocator tells.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tests.benchmarks.case import Case, make_batches, make_model
-from tests.benchmarks.contenders import make_runner
-from tests.benchmarks.timing import synchronise
+from tests.benchmarks.contenders import Runner, make_runner
 
 STEPS = 3
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,36 +41,27 @@ def measure_peak(case: Case, contender: str, *, threads: int) -> dict[str, Any]:
     return result
 
 
-def peak_of(case: Case, contender: str) -> dict[str, Any]:
-    """Measure in this process, which should have done nothing else."""
-    if case.device == "cpu" and not _STATUS.exists():
+def resident_peak(case: Case, contender: str) -> dict[str, Any]:
+    """Measure on the CPU in this process, which should have done nothing else."""
+    if not _STATUS.exists():
         return {"peak_bytes": None, "reason": "peak resident memory is read from /proc, which this system has not"}
     runner = make_runner(contender, case, make_model(case))
     batches = make_batches(case)
     gc.collect()
-    device = torch.device(case.device)
-    base = _reset(device)
+    Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
+    base = _resident("VmRSS")
     for place in range(STEPS):
         runner.step(*batches[place % len(batches)])
-    synchronise(device)
-    peak = _peak(device)
-    source = "allocator" if device.type == "cuda" else "resident set"
-    return {"peak_bytes": peak - base, "base_bytes": base, "source": source}
+    return {"peak_bytes": _resident("VmHWM") - base, "base_bytes": base, "source": "resident set"}
 
 
-def _reset(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
-    return _resident("VmRSS")
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _resident("VmHWM")
+def allocated_peak(runner: Runner, batch: tuple[Tensor, Tensor], base: int) -> dict[str, Any]:
+    """Take a step of a warm runner on a GPU; ``base`` are the bytes allocated before its first one."""
+    device = batch[0].device
+    torch.cuda.reset_peak_memory_stats(device)
+    runner.step(*batch)
+    peak = torch.cuda.max_memory_allocated(device)
+    return {"peak_bytes": peak - base, "base_bytes": base, "source": "allocator"}
 
 
 def _resident(field: str) -> int:
@@ -88,7 +79,7 @@ def _main() -> None:
     parser.add_argument("threads", type=int)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(json.dumps(peak_of(Case(**json.loads(options.case)), options.contender)))
+    print(json.dumps(resident_peak(Case(**json.loads(options.case)), options.contender)))
 
 
 if __name__ == "__main__":

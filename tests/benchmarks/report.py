@@ -24,11 +24,11 @@ def case_of(row: Row) -> tuple[Any, ...]:
     return tuple(row[key] for key in _CASE_KEYS)
 
 
-def group_by_case(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
-    """Return the rows by case, then by contender."""
+def group_by_case(rows: Iterable[Row], key: str = "contender") -> dict[tuple[Any, ...], dict[str, Row]]:
+    """Return the rows by case, then by what ``key`` holds."""
     grouped: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        grouped.setdefault(case_of(row), {})[row["contender"]] = row
+        grouped.setdefault(case_of(row), {})[row[key]] = row
     return grouped
 
 
