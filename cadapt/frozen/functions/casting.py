@@ -10,7 +10,8 @@ from torch import Tensor
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast computes products in on a device now, or None where it is off."""
-    if torch.is_autocast_enabled(device.type):
+    # a twin without data has no autocast
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 

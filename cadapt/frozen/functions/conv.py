@@ -6,12 +6,13 @@ recomputes the input from the tensor that it was made of, which something else k
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from cadapt.frozen.functions.casting import autocast_dtype, cast, cast_bias
 from cadapt.frozen.functions.products import takes_onednn
@@ -85,18 +86,18 @@ class _FrozenConv(Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.geometry, ctx.layout = geometry, layout_of(x)  # type: ignore[attr-defined]
+        ctx.geometry, ctx.layout = geometry, layout_of(x)
         return convolve(x, weight, bias, geometry)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (weight,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        for_x, _, for_bias, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        x_grad = input_gradient(grad, weight, ctx.layout, ctx.geometry) if for_x else None  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        for_x, _, for_bias, _ = ctx.needs_input_grad
+        x_grad = input_gradient(grad, weight, ctx.layout, ctx.geometry) if for_x else None
         return x_grad, None, grad.sum((0, 2, 3)) if for_bias else None, None
 
 
@@ -105,7 +106,7 @@ class _ConvThrough(Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: FunctionCtx,
+        ctx: Any,
         y: Tensor,
         source: Tensor,
         recompute: Callable[[Tensor], Tensor],
@@ -114,21 +115,21 @@ class _ConvThrough(Function):
         geometry: Geometry,
     ) -> Tensor:
         ctx.save_for_backward(source, weight)
-        ctx.recompute, ctx.geometry, ctx.layout = recompute, geometry, layout_of(y)  # type: ignore[attr-defined]
+        ctx.recompute, ctx.geometry, ctx.layout = recompute, geometry, layout_of(y)
         return convolve(y, weight, bias, geometry)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        source, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        geometry = ctx.geometry  # type: ignore[attr-defined]
-        for_y, _, _, for_weight, for_bias, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        source, weight = ctx.saved_tensors
+        geometry = ctx.geometry
+        for_y, _, _, for_weight, for_bias, _ = ctx.needs_input_grad
         weight_grad = None
         if for_weight:
-            y = ctx.recompute(source).to(weight.dtype)  # type: ignore[attr-defined]
+            y = ctx.recompute(source).to(weight.dtype)
             weight_grad = weight_gradient(grad, y, weight, geometry)
             del y
-        y_grad = input_gradient(grad, weight, ctx.layout, geometry) if for_y else None  # type: ignore[attr-defined]
+        y_grad = input_gradient(grad, weight, ctx.layout, geometry) if for_y else None
         return y_grad, None, None, weight_grad, grad.sum((0, 2, 3)) if for_bias else None, None
 
 

@@ -6,10 +6,11 @@ x. Torch's own `F.linear` knows this and keeps W alone; it is written out here f
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from cadapt.frozen.functions import products
 from cadapt.frozen.functions.casting import autocast_dtype, cast, cast_bias
@@ -59,15 +60,15 @@ class _FrozenLinear(Function):
     """Keeps the weight."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(weight)
         return products.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (weight,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        for_x, _, for_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        for_x, _, for_bias = ctx.needs_input_grad
         return _input_gradient(grad, weight) if for_x else None, None, _bias_gradient(grad) if for_bias else None
 
 
@@ -76,7 +77,7 @@ class _LinearThrough(Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: FunctionCtx,
+        ctx: Any,
         y: Tensor,
         source: Tensor,
         recompute: Callable[[Tensor], Tensor],
@@ -84,17 +85,17 @@ class _LinearThrough(Function):
         bias: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(source, weight)
-        ctx.recompute = recompute  # type: ignore[attr-defined]
+        ctx.recompute = recompute
         return products.linear(y, weight, bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        source, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        for_y, _, _, for_weight, for_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        source, weight = ctx.saved_tensors
+        for_y, _, _, for_weight, for_bias = ctx.needs_input_grad
         weight_grad = None
         if for_weight:
-            y = ctx.recompute(source).to(weight.dtype)  # type: ignore[attr-defined]
+            y = ctx.recompute(source).to(weight.dtype)
             weight_grad = _weight_gradient(grad, y)
             del y
         y_grad = _input_gradient(grad, weight) if for_y else None

@@ -5,11 +5,13 @@ all of the result, 32 times what is needed in float32. Where something else keep
 shares it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from cadapt.frozen.functions.bits import inside_bits, is_dense, masked_gradient, positive_bits
 
@@ -54,17 +56,17 @@ def _clamp(x: Tensor, low: float, high: float, inplace: bool) -> Tensor:
 
 class _ClampBits(Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, low: float, high: float, inplace: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, low: float, high: float, inplace: bool) -> Tensor:  # type: ignore[override]
         dense = x if is_dense(x) else x.contiguous()
         bounded = high != float("inf")
         ctx.save_for_backward(inside_bits(dense, low, high) if bounded else positive_bits(dense))
-        ctx.strides = dense.stride()  # type: ignore[attr-defined]
+        ctx.strides = dense.stride()
         if inplace:
             ctx.mark_dirty(x)
         return _clamp(x, low, high, inplace)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (bits,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return masked_gradient(grad, bits, ctx.strides), None, None, None  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (bits,) = ctx.saved_tensors
+        return masked_gradient(grad, bits, ctx.strides), None, None, None
