@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 
+def has_autocast(kind: str) -> bool:
+    """Whether autocast knows a kind of device; it does not know ``meta``."""
+    return kind != "meta" and torch.amp.is_autocast_available(kind)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast computes products in on a device now, or None where it is off."""
-    # a twin without data has no autocast
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
