@@ -50,7 +50,7 @@ def choose_ranks(model: nn.Module, name: str) -> tuple[dict[str, int], str]:
             return ranks, f"rank {odd} where 8 does not divide by the conv's groups" if odd else ""
     assert family.dense is not None, name
     layers = find_modules(model, family.dense)
-    why = "PEFT cannot put a low rank on depth-wise convs" if family.functional else "no functional convs"
+    why = "PEFT cannot put a low rank on convs of so many groups" if family.functional else "no functional convs"
     return dict.fromkeys(layers, RANK), f"{why}: on the blocks' dense layers"
 
 

@@ -1,12 +1,14 @@
 """Peak memory of one contender's steps over what there was before the first, model and data included.
 
 It therefore holds gradients and optimizer state as well as what autograd keeps. On a CPU it is the growth of the
-resident set of a fresh process, ``python -m tests.benchmarks.peak CASE NAME THREADS``; on a GPU torch's allocator tells.
+resident set of a fresh process, ``python -m tests.benchmarks.peak CASE NAME THREADS``; on a GPU torch's allocator
+tells.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import subprocess
@@ -48,6 +50,7 @@ def resident_peak(case: Case, contender: str) -> dict[str, Any]:
     runner = make_runner(contender, case, make_model(case))
     batches = make_batches(case)
     gc.collect()
+    _trim()
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
     base = _resident("VmRSS")
     for place in range(STEPS):
@@ -62,6 +65,13 @@ def allocated_peak(runner: Runner, batch: tuple[Tensor, Tensor], base: int) -> d
     runner.step(*batch)
     peak = torch.cuda.max_memory_allocated(device)
     return {"peak_bytes": peak - base, "base_bytes": base, "source": "allocator"}
+
+
+def _trim() -> None:
+    """Have the C library give back what building the model left free: steps would grow into it unseen."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def _resident(field: str) -> int:

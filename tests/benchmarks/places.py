@@ -43,7 +43,7 @@ FAMILIES = (
         r"efficientnet_.*",
         Family(functional=r"blocks\.\d\.\d+\.conv_dw", dense=r"blocks\.\d\.\d+\.conv_pwl?"),
     ),
-    (r"regnet[xy]_.*", Family(functional=r"s\d\.b\d+\.conv2\.conv")),
+    (r"regnet[xy]_.*", Family(functional=r"s\d\.b\d+\.conv2\.conv", dense=r"s\d\.b\d+\.conv[13]\.conv")),
     (
         r"swin_.*",
         Family(attention=r"layers\.\d\.blocks\.\d+", dense=r"layers\.\d\.blocks\.\d+" + _ATTENTION_LAYERS),
