@@ -56,7 +56,7 @@ def training_transform(preset: str, preprocessing: Preprocessing) -> Transform:
         preprocessing.input_size,
         RandomCropFlip(crop, flip),
         [*between, *_grey_input(preprocessing)],
-        _normalise(preprocessing),
+        _normalise(preprocessing, exact=False),
         last[_tensor_step(last) + 2 :],
     )
 
@@ -75,7 +75,7 @@ def _whole(preprocessing: Preprocessing, *, crop_mode: str, crop_pct: float) -> 
     timms = create_transform(is_training=False, crop_mode=crop_mode, crop_pct=crop_pct, **settings)
     steps = timms.transforms[: _tensor_step(timms.transforms)]
     geometry = Whole([*_grey_input(preprocessing), *steps])
-    return FusedTransform(preprocessing.input_size, geometry, (), _normalise(preprocessing))
+    return FusedTransform(preprocessing.input_size, geometry, (), _normalise(preprocessing, exact=True))
 
 
 def _tensor_step(steps: Sequence[Any]) -> int:
@@ -83,9 +83,9 @@ def _tensor_step(steps: Sequence[Any]) -> int:
     return next(number for number, step in enumerate(steps) if isinstance(step, MaybeToTensor))
 
 
-def _normalise(preprocessing: Preprocessing) -> Normalise:
+def _normalise(preprocessing: Preprocessing, *, exact: bool) -> Normalise:
     settings = _input_settings(preprocessing)
-    return Normalise(preprocessing.input_size[2], settings["mean"], settings["std"])
+    return Normalise(preprocessing.input_size[2], settings["mean"], settings["std"], exact=exact)
 
 
 def _parts(preprocessing: Preprocessing, **settings: Any) -> tuple[list[Any], list[Any], list[Any]]:

@@ -147,25 +147,31 @@ class Whole:
 
 
 class Normalise:
-    """timm's last two steps, scaling to [0, 1] and normalising, by the same operations on whole rows of pixels.
-
-    So the result is the same to the last bit.
+    """timm's last two steps, scaling to [0, 1] and normalising, on whole rows of pixels.
 
     Args:
         width: pixels in a row.
         mean, std: of each channel.
+        exact: by timm's own operations, to the last bit; else by one product and one sum, in half the time, within
+            4e-7 of the largest value.
     """
 
-    def __init__(self, width: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, width: int, mean: Sequence[float], std: Sequence[float], *, exact: bool) -> None:
         self._told = f"Normalise(mean={tuple(mean)}, std={tuple(std)})"
+        self._exact = exact
         self._mean = torch.tensor(mean, dtype=torch.float32).repeat(width)
         self._std = torch.tensor(std, dtype=torch.float32).repeat(width)
+        self._scale = (1 / (255 * self._std.double())).float()
+        self._bias = (-self._mean.double() / self._std.double()).float()
 
     def __call__(self, pixels: Tensor, out: Tensor) -> None:
         """Write uint8 ``[H, W, C]`` as float32 into ``out`` of that shape, contiguous."""
+        out.copy_(pixels)
         rows = out.view(len(out), -1)
-        rows.view(out.shape).copy_(pixels)
-        rows.div_(255).sub_(self._mean).div_(self._std)
+        if self._exact:
+            rows.div_(255).sub_(self._mean).div_(self._std)
+        else:
+            torch.addcmul(self._bias, rows, self._scale, out=rows)
 
     def __repr__(self) -> str:
         """Return the statistics."""

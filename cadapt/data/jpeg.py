@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 _BASELINE_FRAME, _START_OF_SCAN = 0xC0, 0xDA
 _END_OF_IMAGE = b"\xff\xd9"
-_BLOCK = 8
+_ROWS_BEYOND = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,20 +20,18 @@ class Frame:
     Args:
         offset: of the two bytes of the height, from the start of the file.
         height: of the picture, in pixels.
-        unit_height: of one row of minimum coded units, in pixels: 8 times the largest vertical sampling factor.
     """
 
     offset: int
     height: int
-    unit_height: int
 
     def rows_for(self, bottom: int) -> int:
         """Return how many rows to decode so that those above ``bottom`` come out as they would from all.
 
-        Chroma is interpolated across the edges of units, so one row of units more than the crop touches is needed.
+        Chroma of half the height is interpolated from the next row of chroma, too: two rows of pixels further down.
+        Where an eighth of the size is decoded, the edge may be rounded four rows down.
         """
-        units = -(-bottom // self.unit_height) + 1
-        return min(units * self.unit_height, self.height)
+        return min(bottom + _ROWS_BEYOND, self.height)
 
 
 def find_frame(data: bytes) -> Frame | None:
@@ -48,18 +46,10 @@ def find_frame(data: bytes) -> Frame | None:
     while place + 10 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
         if marker == _BASELINE_FRAME:
-            return _frame_at(data, place)
+            # after the marker: length (2 bytes), precision (1), height (2), width (2), components
+            height = int.from_bytes(data[place + 5 : place + 7], "big")
+            return Frame(offset=place + 5, height=height)
         if marker == _START_OF_SCAN or not 0xC0 <= marker <= 0xFE:
             return None
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return None
-
-
-def _frame_at(data: bytes, place: int) -> Frame | None:
-    """Read a frame header: length (2 bytes), precision (1), height (2), width (2), components (1), and 3 for each."""
-    components = data[place + 9]
-    factors = [part & 0x0F for part in data[place + 11 : place + 10 + 3 * components : 3]]
-    if not factors or not all(factors):
-        return None
-    height = int.from_bytes(data[place + 5 : place + 7], "big")
-    return Frame(offset=place + 5, height=height, unit_height=_BLOCK * max(factors))

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data import DataLoader, default_collate
 
 from cadapt.data.augment import Transform
 from cadapt.data.folder import Images
 from cadapt.data.fused import FusedTransform
 from cadapt.data.images import UnreadableImage
+from cadapt.data.memory import BatchMemory
 from cadapt.data.seeding import derive_seed, preserved_generators, seed_generators
 from cadapt.errors import CadaptError
 
@@ -42,6 +42,7 @@ class Samples:
         self.transform = transform
         self.seed = seed
         self.labels = images.labels
+        self._memory = BatchMemory()
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -70,7 +71,7 @@ class Samples:
     def _written(self, keys: Sequence[Key], transform: FusedTransform) -> Batch:
         """Let each picture be written to its place in the batch's own memory."""
         channels, height, width = transform.shape
-        batch = new_batch((len(keys), height, width, channels))
+        batch = self._memory.take((len(keys), height, width, channels))
         for place, key in zip(batch, keys, strict=True):
             picture = self.images.open(key[1])
             self._seed(key)
@@ -80,18 +81,6 @@ class Samples:
     def _seed(self, key: Key) -> None:
         if self.seed is not None:
             seed_generators(derive_seed("sample", self.seed, *key))
-
-
-def new_batch(shape: tuple[int, ...]) -> torch.Tensor:
-    """Return float32 memory for a batch, in a worker such that the main process shares it.
-
-    numpy asks Linux for large pages where it can, torch does not: of 4 KB each, a batch takes longer to be given than
-    to be filled.
-    """
-    if get_worker_info() is None:
-        return torch.from_numpy(np.empty(shape, dtype=np.float32))
-    shared: torch.Tensor = torch.empty(shape).share_memory_()  # type: ignore[no-untyped-call]
-    return shared
 
 
 class KeySampler:

@@ -3,10 +3,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision import transforms
+from torchvision.transforms import RandomHorizontalFlip
 
 from cadapt.data.augment import PRESETS, evaluation_transform, training_transform
+from cadapt.data.encoded import DecodedPicture
+from cadapt.data.fused import Normalise, RandomCropFlip
 from cadapt.data.seeding import seed_generators
 from cadapt.errors import UsageError
 from cadapt.preprocessing import Preprocessing
@@ -58,18 +63,128 @@ def test_none_is_timm_evaluation():
     assert torch.equal(evaluation_transform(SMALL)(image), expected)
 
 
-@pytest.mark.parametrize("preset", ["light", "strong"])
-def test_the_table_of_pixels_is_timms_normalisation_to_the_last_bit(preset, monkeypatch):
-    fast = training_transform(preset, SMALL)
-    monkeypatch.setattr("cadapt.data.augment._fast", lambda transform, _preprocessing: transform)
-    plain = training_transform(preset, SMALL)
-    for seed in range(8):
+@pytest.mark.parametrize("size", [(60, 50), (50, 60), (300, 40), (40, 300), (33, 33)])
+def test_crops_are_timms_draw_for_draw(size):
+    """Scale 0.2 to 1 and ratio 3/4 to 4/3 are timm's arguments here, and its own code draws the expected box."""
+    image = picture(0, size)
+    geometry = RandomCropFlip(
+        RandomResizedCropAndInterpolation((32, 40), scale=(0.2, 1.0)), RandomHorizontalFlip(p=0.5)
+    )
+    drawn, flips = training_transform("light", SMALL), 0
+    for seed in range(50):
+        seed_generators(seed)
+        expected = RandomResizedCropAndInterpolation.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))
+        flips += bool(torch.rand(1) < 0.5)
+        seed_generators(seed)
+        left, top, width, height = geometry.draw_box(size)
+        assert (top, left, height, width) == expected
+        seed_generators(seed)
+        recorded = Recorded(image)
+        drawn.write(recorded, torch.empty(32, 40, 3))
+        assert recorded.boxes == [(left, top, width, height)]
+    assert 10 < flips < 40
+
+
+class Recorded(DecodedPicture):
+    """A picture that keeps which parts of it were asked for."""
+
+    def __init__(self, image):
+        super().__init__(image)
+        self.boxes = []
+
+    def crop(self, box, at_least):
+        self.boxes.append(tuple(box))
+        return super().crop(box, at_least)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest", "random"])
+@pytest.mark.parametrize("size", [(60, 50), (200, 160), (20, 30)])
+def test_light_is_timms_transform_to_a_level(interpolation, size):
+    """Torch's 8-bit resize rounds otherwise than Pillow's, by one level; bicubic clips otherwise at few pixels."""
+    settings = Preprocessing(input_size=(3, 32, 40), interpolation=interpolation, mean=(0.0,) * 3, std=(1.0,) * 3)
+    ours = training_transform("light", settings)
+    timms = create_transform(
+        (3, 32, 40), True, scale=(0.2, 1.0), color_jitter=None, interpolation=interpolation, mean=0.0, std=1.0
+    )
+    differences = []
+    for seed in range(20):
+        image = picture(seed, size).filter(ImageFilter.GaussianBlur(1))
         results = []
-        for transform in (fast, plain):
+        for transform in (ours, timms):
             seed_generators(seed)
-            results.append(transform(picture(seed, (60, 50))))
-        assert torch.equal(*results)
-        assert results[0].is_contiguous()
+            results.append(transform(image) * 255)
+        differences.append((results[0] - results[1]).abs())
+    difference = torch.stack(differences)
+    assert difference.max() < (2.01 if interpolation in ("bicubic", "random") else 1.01)
+    assert (difference > 1.01).float().mean() < 1e-4
+    assert (difference > 0.01).float().mean() < 0.2
+
+
+def test_bicubic_beside_black_and_white_is_pillows_but_for_few_pixels():
+    settings = Preprocessing(input_size=(3, 64, 64), mean=(0.0,) * 3, std=(1.0,) * 3)
+    geometry = {"scale": (0.2, 1.0), "color_jitter": None, "interpolation": "bicubic"}
+    timms = create_transform((3, 64, 64), True, mean=0.0, std=1.0, **geometry)
+    differences = []
+    for seed in range(20):
+        image = picture(seed, (30, 40)).resize((90, 120), Image.Resampling.NEAREST)  # every edge as steep as can be
+        results = []
+        for transform in (training_transform("light", settings), timms):
+            seed_generators(seed)
+            results.append(transform(image) * 255)
+        differences.append((results[0] - results[1]).abs())
+    difference = torch.stack(differences)
+    assert (difference > 1.01).float().mean() < 0.02
+    assert difference.mean() < 0.2
+
+
+def test_strong_draws_as_timm_does():
+    """Whatever is drawn after the crop comes in timm's order: the same operations, the same part erased."""
+    image = picture(3, (60, 50)).filter(ImageFilter.GaussianBlur(1))
+    settings = {"scale": (0.2, 1.0), "color_jitter": None, "interpolation": "bicubic", "re_prob": 0.25}
+    timms = create_transform(
+        (3, 32, 40),
+        True,
+        auto_augment="rand-m9-n2-mstd0.5",
+        re_mode="pixel",
+        mean=SMALL.mean,
+        std=SMALL.std,
+        **settings,
+    )
+    erased = 0
+    for seed in range(30):
+        results = []
+        for transform in (training_transform("strong", SMALL), timms):
+            seed_generators(seed)
+            results.append(transform(image))
+        # operations such as posterise and equalise turn a level into many, so most pixels must agree, not all
+        assert (results[0] - results[1]).abs().median() < 2 / 255 / 0.225
+        noise = results[1].abs() > 2.75  # beyond any pixel, so drawn by the eraser
+        erased += bool(noise.any())
+        assert torch.equal(results[0][noise], results[1][noise])
+    assert erased > 2
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_normalisation_is_timms(exact):
+    levels = torch.arange(256, dtype=torch.uint8).reshape(32, 8, 1).expand(32, 8, 3)
+    expected = transforms.Normalize(SMALL.mean, SMALL.std)(levels.permute(2, 0, 1).float().div(255))
+    out = torch.empty(32, 8, 3)
+    Normalise(8, SMALL.mean, SMALL.std, exact=exact)(levels, out)
+    if exact:
+        assert torch.equal(out.permute(2, 0, 1), expected)
+    assert torch.allclose(out.permute(2, 0, 1), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_writing_into_a_batch_gives_what_a_call_does(preset):
+    transform = training_transform(preset, SMALL)
+    image = picture(4, (70, 60))
+    batch = torch.full((3, 32, 40, 3), torch.nan)
+    seed_generators(5)
+    transform.write(DecodedPicture(image), batch[1])
+    seed_generators(5)
+    assert torch.equal(batch[1].permute(2, 0, 1), transform(image))
+    assert torch.isnan(batch[[0, 2]]).all()
 
 
 def test_structured_keeps_place_and_direction():
