@@ -150,7 +150,7 @@ class _QuickGELU(Function):
 
 
 class _HardMish(Function):
-    """x min(max(x + 2, 0), 2) / 2: its slope is x + 1 where −2 ≤ x ≤ 0, 0 below and 1 above."""
+    """x min(max(x + 2, 0), 2) / 2: its slope is x + 1 where −2 < x < 0, 0 below and 1 above."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -161,7 +161,7 @@ class _HardMish(Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        slope: Tensor = (x + 1).clamp(max=1).masked_fill(x < -2, 0)
+        slope: Tensor = (x + 1).clamp(max=1).masked_fill(x <= -2, 0)
         return grad * slope
 
 
