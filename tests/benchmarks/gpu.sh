@@ -16,10 +16,10 @@ if ! "$python" -c 'import timm, safetensors, PIL, typer, rich, peft, matplotlib'
         echo "warning: could not install everything; what is missing has no row" >&2
 fi
 
-plain=(full full-cl linear-cl paper paper-cl lora lora-cl plain engine engine-min)
+eager=(full full-cl linear linear-cl paper paper-cl lora lora-cl plain engine engine-min)
 status=0
 "$python" -m tests.benchmarks.steps --device cuda --precisions bf16 --batches "$batch" --repeats 10 \
-    --contenders "${plain[@]}" --output "$folder" || status=1
+    --contenders "${eager[@]}" --output "$folder" || status=1
 # compilation takes minutes per model: only where it is to be compared
 "$python" -m tests.benchmarks.steps --device cuda --precisions bf16 --batches "$batch" --repeats 10 \
     --models resnet50 convnext_tiny --contenders full-cl full-compile engine engine-compile \

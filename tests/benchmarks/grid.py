@@ -44,6 +44,8 @@ def run_case(case: Case, contenders: Sequence[str], *, repeats: int, peaks: bool
         runner = _admit(name, case, model, batches, rows[name])
         if runner is not None:
             runners[name] = runner
+        else:
+            release()
     for name, seconds in time_steps(runners, batches, repeats).items():
         rows[name].update(_time_figures(seconds, case.batch))
         rows[name]["losses"] = runners[name].losses
@@ -75,7 +77,6 @@ def _admit(name: str, case: Case, model: torch.nn.Module, batches: Sequence[Batc
     else:
         row.update(status="ok", note=runner.trained.note)
         return runner
-    release()
     return None
 
 

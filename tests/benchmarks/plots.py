@@ -61,11 +61,12 @@ def _bars(rows: Sequence[Row], path: Path) -> list[Path]:
     colours = _colours(pyplot)
     cases = group_by_case(rows)
     tallest = max(len(by_name) for by_name in cases.values())
+    figures = _known(rows)
     figure, axes = pyplot.subplots(
-        len(cases), len(_FIGURES), figsize=(12, (0.6 + 0.2 * tallest) * len(cases)), squeeze=False
+        len(cases), len(figures), figsize=(12, (0.6 + 0.2 * tallest) * len(cases)), squeeze=False
     )
     for panels, (case, by_name) in zip(axes, cases.items(), strict=True):
-        for column, (panel, (title, value)) in enumerate(zip(panels, _FIGURES, strict=True)):
+        for column, (panel, (title, value)) in enumerate(zip(panels, figures, strict=True)):
             names = list(by_name)
             panel.barh(names, [value(by_name[name]) or 0.0 for name in names], color=[colours[name] for name in names])
             panel.invert_yaxis()
@@ -78,8 +79,9 @@ def _lines(rows: Sequence[Row], growth: str, path: Path) -> list[Path]:
     """Three panels over what grows, a line for each contender."""
     pyplot = _pyplot()
     colours = _colours(pyplot)
-    figure, axes = pyplot.subplots(1, len(_FIGURES), figsize=(12, 4))
-    for panel, (title, value) in zip(axes, _FIGURES, strict=True):
+    figures = _known(rows)
+    figure, axes = pyplot.subplots(1, len(figures), figsize=(12, 4))
+    for panel, (title, value) in zip(axes, figures, strict=True):
         for name in dict.fromkeys(row["contender"] for row in rows):
             points = [(row[_AXES[growth]], value(row)) for row in rows if row["contender"] == name]
             known = [(at, figure_) for at, figure_ in points if figure_ is not None]
@@ -99,6 +101,11 @@ def _save(pyplot: Any, figure: Any, path: Path) -> list[Path]:
         figure.savefig(file, dpi=130, metadata={"Date": None} if file.suffix == ".svg" else None)
     pyplot.close(figure)
     return files
+
+
+def _known(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], float | None]]]:
+    """The figures that any row has."""
+    return [(title, value) for title, value in _FIGURES if any(value(row) is not None for row in rows)]
 
 
 def _peak(row: Row) -> float | None:
