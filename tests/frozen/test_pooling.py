@@ -25,6 +25,7 @@ MAXIMA: list[tuple[Any, ...]] = [
     (3, None, 0, 1, False),
     (9, 4, 4, 1, False),
     (17, 1, 8, 1, False),
+    ((3, 7), 2, (1, 3), (1, 2), False),
 ]
 
 

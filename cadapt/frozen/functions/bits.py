@@ -59,14 +59,14 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """The elements of a dense tensor in the order in which they lie in memory."""
     return x.as_strided((x.numel(),), (1,))
 
 
 def _array(x: Tensor) -> "NDArray[np.signedinteger]":
     """The same as integers of the same width, which numpy knows for every dtype of torch."""
-    array: NDArray[np.signedinteger] = _flat(x).view(_INTEGERS[x.element_size()]).numpy()
+    array: NDArray[np.signedinteger] = flat(x).view(_INTEGERS[x.element_size()]).numpy()
     return array
 
 
@@ -99,7 +99,7 @@ def _pack(elements: int, alive: Callable[[int, int], "NDArray[np.bool_]"]) -> Te
 
 def _positive_bits_cpu(x: Tensor) -> Tensor:
     if x.dtype in (torch.float32, torch.float64):
-        values = _flat(x).numpy()
+        values = flat(x).numpy()
         # torch lets the gradient of a NaN through: "not at most 0", not "above 0"
         return torch.bitwise_not(_pack(x.numel(), lambda start, stop: values[start:stop] <= 0))
     # positive numbers are positive as integers, too
@@ -108,10 +108,10 @@ def _positive_bits_cpu(x: Tensor) -> Tensor:
 
 
 def _inside_bits_cpu(x: Tensor, low: float, high: float) -> Tensor:
-    flat = _flat(x)
+    values = flat(x)
 
     def alive(start: int, stop: int) -> "NDArray[np.bool_]":
-        piece = flat[start:stop]
+        piece = values[start:stop]
         inside: NDArray[np.bool_] = torch.logical_and(piece > low, piece < high).numpy()
         return inside
 
@@ -151,19 +151,19 @@ def _pack_by_shifts(alive: Tensor) -> Tensor:
 
 
 def _positive_bits_shifts(x: Tensor) -> Tensor:
-    return _pack_by_shifts(torch.logical_not(_flat(x) <= 0))
+    return _pack_by_shifts(torch.logical_not(flat(x) <= 0))
 
 
 def _inside_bits_shifts(x: Tensor, low: float, high: float) -> Tensor:
-    flat = _flat(x)
-    return _pack_by_shifts(torch.logical_and(flat > low, flat < high))
+    values = flat(x)
+    return _pack_by_shifts(torch.logical_and(values > low, values < high))
 
 
 def _masked_gradient_shifts(grad: Tensor, bits: Tensor, strides: list[int]) -> Tensor:
     grad = _laid_out(grad, strides)
     dead = ((bits[:, None] >> _weights(bits.device)) & 1 == 0).view(-1)[: grad.numel()]
     result = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
-    torch.where(dead, torch.zeros((), dtype=grad.dtype, device=grad.device), _flat(grad), out=_flat(result))
+    torch.where(dead, torch.zeros((), dtype=grad.dtype, device=grad.device), flat(grad), out=flat(result))
     return result
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from cadapt.frozen.functions.bits import flat
 from cadapt.frozen.functions.conv import Pair, layout_of
 
 Size = int | tuple[int, ...]
@@ -52,7 +53,9 @@ def max_pool2d_lean(
     dilation: Size = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """`F.max_pool2d`, keeping one byte per element of the result: the place in its window (windows up to 16 × 16).
+    """`F.max_pool2d`, keeping one byte per element of the result: the place in its window.
+
+    Windows of more than 256 places, or wider than the map, are left to torch.
 
     Args:
         x: [B, C, H, W], in any memory format; its gradient comes in the same format.
@@ -65,10 +68,12 @@ def max_pool2d_lean(
     Returns:
         [B, C, H', W'].
     """
-    kernel = pair(kernel)
-    if kernel[0] * kernel[1] > 256:
-        return F.max_pool2d(x, kernel, stride or kernel, padding, dilation, ceil_mode)
-    window = (kernel, pair(stride or kernel), pair(padding), pair(dilation))
+    window = (pair(kernel), pair(stride or kernel), pair(padding), pair(dilation))
+    (height, width), _, _, (_, across) = window
+    # a window wider than the map has several places of one offset
+    plain = height * width > 256 or (width - 1) * across >= x.shape[3]
+    if plain or not (torch.is_grad_enabled() and x.requires_grad):
+        return F.max_pool2d(x, *window, ceil_mode)
     y: Tensor = _MaxPool.apply(x, window, ceil_mode)
     return y
 
@@ -103,17 +108,17 @@ class _AvgPool(Function):
 
 
 class _MaxPool(Function):
+    """Index = that of the window's first place + the offset of the maximum's place within the window."""
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, window: tuple[Pair, Pair, Pair, Pair], ceil_mode: bool
     ) -> Tensor:
         y, index = torch.ops.aten.max_pool2d_with_indices(x, *window, ceil_mode)
-        top, left = _corners(index, window)
-        _, _, _, (down, across) = window
-        width = x.shape[3]
-        row = (index // width - top) // down
-        place = row * window[0][1] + (index % width - left) // across
-        ctx.save_for_backward(place.to(torch.uint8))
+        offsets = _offsets(window, x)
+        places = torch.zeros(_reach(window, x) + 1, dtype=torch.uint8, device=x.device)
+        places[offsets] = torch.arange(offsets.numel(), dtype=torch.uint8, device=x.device)
+        ctx.save_for_backward(_look_up(places, index.sub_(_corners(index, window, x.shape[3]))))
         ctx.settings, ctx.layout = (window, ceil_mode), layout_of(x)
         result: Tensor = y
         return result
@@ -123,19 +128,33 @@ class _MaxPool(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (place,) = ctx.saved_tensors
         window, ceil_mode = ctx.settings
-        shape, strides = ctx.layout
-        top, left = _corners(place, window)
-        across, (down, right) = window[0][1], window[3]
-        index = (top + place // across * down) * shape[3]
-        index += left + place % across * right
-        absent = grad.new_empty_strided(shape, strides)
+        absent = grad.new_empty_strided(*ctx.layout)
+        index = _look_up(_offsets(window, absent), place.int()).add_(_corners(place, window, absent.shape[3]))
         x_grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, absent, *window, ceil_mode, index)
         return x_grad, None, None
 
 
-def _corners(result: Tensor, window: tuple[Pair, Pair, Pair, Pair]) -> tuple[Tensor, Tensor]:
-    """Row [H', 1] and column [W'] of each window's first place, below zero where it lies in the padding."""
+def _offsets(window: tuple[Pair, Pair, Pair, Pair], x: Tensor) -> Tensor:
+    """Of each place of a window, how far behind the first one it lies in a map: [height · width], ascending."""
+    (height, width), _, _, (down, across) = window
+    rows = torch.arange(height, device=x.device)[:, None] * (down * x.shape[3])
+    return (rows + torch.arange(width, device=x.device) * across).flatten()
+
+
+def _reach(window: tuple[Pair, Pair, Pair, Pair], x: Tensor) -> int:
+    """The largest of these offsets."""
+    (height, width), _, _, (down, across) = window
+    return (height - 1) * down * x.shape[3] + (width - 1) * across
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]`` in the index's memory format; in the order of memory, which is faster than by dimensions."""
+    return table.index_select(0, flat(index)).as_strided(index.shape, index.stride())
+
+
+def _corners(result: Tensor, window: tuple[Pair, Pair, Pair, Pair], width: int) -> Tensor:
+    """The index in the map of each window's first place [H', W'], as if what is padded lay in memory, too."""
     _, stride, padding, _ = window
     rows = torch.arange(result.shape[2], device=result.device)[:, None] * stride[0] - padding[0]
     columns = torch.arange(result.shape[3], device=result.device) * stride[1] - padding[1]
-    return rows, columns
+    return rows * width + columns
