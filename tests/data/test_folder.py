@@ -1,8 +1,11 @@
+import os
+
 import pytest
 from PIL import Image
 
 from cadapt.data.folder import find_images, listed
 from cadapt.data.images import UnreadableImage
+from cadapt.data.source import _training_parts
 from cadapt.errors import RefusedError, UsageError
 from tests.data.pictures import make_classes, picture
 
@@ -115,3 +118,26 @@ def test_listed_stops_at_twenty():
     names = [str(number) for number in range(25)]
     assert listed(names).endswith("19, … and 5 more")
     assert listed(names[:20]) == ", ".join(names[:20])
+
+
+def test_no_folder_is_listed_twice_and_no_file_looked_at(tmp_path, monkeypatch):
+    for part in ("train", "val"):
+        make_classes(tmp_path / part, {"a": 2, "b": 2})
+    scandir, stat, listed_folders, looked_at = os.scandir, os.stat, [], []
+
+    def list_folder(path):
+        listed_folders.append(str(path))
+        return scandir(path)
+
+    def look_at(path, *arguments, **settings):
+        looked_at.append(str(path))
+        return stat(path, *arguments, **settings)
+
+    monkeypatch.setattr("os.scandir", list_folder)
+    monkeypatch.setattr("os.stat", look_at)
+    train, held = _training_parts(str(tmp_path), None)
+    assert held is not None
+    assert train.images.names == held.images.names == ("a/000.png", "a/001.png", "b/000.png", "b/001.png")
+    folders = [tmp_path, *(tmp_path / part / name for part in ("train", "val") for name in ("", "a", "b"))]
+    assert sorted(listed_folders) == sorted(map(str, folders))
+    assert not [path for path in looked_at if path.endswith(".png")]
