@@ -24,15 +24,17 @@ from tests.benchmarks.timing import synchronise, warm_up
 
 REST = "Python and waiting"
 _BACKWARD = "convolution_backward"
+_FORWARD = "convolution, forward"
+_FORWARD_AGAIN = "convolution, forward operators in backward"
 # the first pattern found in an operator's name counts
 _GROUPS = (
     ("compiled kernels", r"triton|inductor|Torch-Compiled|CompiledFunction|graph_\d|cpp_fused|^CompiledFxGraph"),
-    ("convolution, forward", r"conv"),
+    (_FORWARD, r"conv"),
     ("matrix products", r"::(mm|addmm|bmm|baddbmm|linear|mkldnn_linear|matmul)"),
     ("attention", r"scaled_dot_product|softmax|flash_attention"),
     ("norms", r"norm"),
     ("optimizer", r"adam|Optimizer|_foreach"),
-    ("activations", r"relu|gelu|silu|sigmoid|threshold|hardtanh|hardswish|tanh"),
+    ("activations", r"masked_gradient|positive_bits|relu|gelu|silu|sigmoid|threshold|hardtanh|hardswish|tanh"),
     ("pooling and means", r"pool|::mean|::sum"),
     ("copies and reorders", r"::(copy_|_to_copy|clone|contiguous|to|cat|constant_pad_nd|roll|index|_reshape_alias)$"),
     ("allocation and filling", r"::(empty|resize|zero|fill|new_|full|ones|zeros)|cudaMalloc|\[memory\]"),
@@ -95,14 +97,17 @@ def _profile_step(runner: Runner, batch: tuple[Tensor, Tensor]) -> Seconds:
 
 
 def _group_of(event: Any) -> str:
-    ancestor = event
+    ancestor, in_backward = event, False
     while ancestor is not None:
         if ancestor.name.endswith(f"::{_BACKWARD}"):
             return _backward_group(ancestor)
+        in_backward = in_backward or ancestor.name.startswith("autograd::engine")
         ancestor = ancestor.cpu_parent
     if event.name.startswith("autograd::engine"):
         return _OTHER
-    return next((group for group, pattern in _GROUPS if re.search(pattern, event.name)), _OTHER)
+    group = next((group for group, pattern in _GROUPS if re.search(pattern, event.name)), _OTHER)
+    # a gradient can be computed by a forward convolution with the kernel turned round, or a forward pass done again
+    return _FORWARD_AGAIN if group == _FORWARD and in_backward else group
 
 
 def _backward_group(event: Any) -> str:
