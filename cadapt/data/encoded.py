@@ -10,10 +10,15 @@ import io
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageFile
 
+from cadapt.data import turbo
 from cadapt.data.images import UPRIGHT, guarded, load_pixels, open_bytes, orientation_of, read_file, to_rgb
-from cadapt.data.jpeg import find_frame
+from cadapt.data.jpeg import Frame, find_frame, with_height
+
+Pixels = npt.NDArray[np.uint8]
 
 _SCALES = (8, 4, 2)  # that both libjpeg's fast inverse transforms and Pillow's draft mode know
 _COLOURS = ("RGB", "L", "CMYK")
@@ -38,10 +43,10 @@ class Picture(Protocol):
     def whole(self) -> Image.Image:
         """Decode all of it, as :func:`~cadapt.data.images.read_image` does. Raises: UnreadableImage."""
 
-    def crop(self, box: Box, at_least: tuple[int, int]) -> Image.Image:
-        """Decode one part as RGB, perhaps reduced, but to no less than ``at_least`` (width, height).
+    def crop(self, box: Box, at_least: tuple[int, int]) -> Pixels:
+        """Decode one part as RGB ``[height, width, 3]``, perhaps reduced, but to no less than ``at_least``.
 
-        Raises: UnreadableImage.
+        That is (width, height). Raises: UnreadableImage.
         """
 
 
@@ -60,9 +65,9 @@ class DecodedPicture:
         """Return the picture."""
         return self._image
 
-    def crop(self, box: Box, at_least: tuple[int, int]) -> Image.Image:
-        """Return one part in full size."""
-        return self._image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+    def crop(self, box: Box, at_least: tuple[int, int]) -> Pixels:
+        """Return a copy of one part in full size."""
+        return np.array(self._image.crop((box.left, box.top, box.left + box.width, box.top + box.height)))
 
 
 class EncodedPicture:
@@ -83,17 +88,18 @@ class EncodedPicture:
     def __init__(self, data: bytes, name: str) -> None:
         self._data = data
         self._name = name
-        self._file = io.BytesIO(data)
-        self._image = guarded(lambda: open_bytes(self._file), name)
-        self._by_parts = self._image.format == "JPEG" and self._image.mode in _COLOURS
-        # Of the other formats, some know where up is only once they are decoded.
-        self._orientation = orientation_of(self._image) if self._by_parts else 1
+        self._frame = find_frame(data)
+        # Where the header is this simple, it need not be read once more to be cropped by.
+        self._image = None if _is_plain(self._frame) else self._opened()
+        self._orientation = 1 if self._image is None or not _by_parts(self._image) else orientation_of(self._image)
         self._whole: Image.Image | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the upright whole, in pixels."""
-        if not self._by_parts:
+        if self._image is None and self._frame is not None:
+            return self._frame.width, self._frame.height
+        if self._image is None or not _by_parts(self._image):
             return self.whole().size
         width, height = self._image.size
         return (height, width) if self._orientation >= 5 else (width, height)
@@ -101,45 +107,65 @@ class EncodedPicture:
     def whole(self) -> Image.Image:
         """Decode all of it. Raises: UnreadableImage."""
         if self._whole is None:
-            self._whole = guarded(lambda: to_rgb(self._image), self._name)
+            image = self._opened()
+            self._whole = guarded(lambda: to_rgb(image), self._name)
         return self._whole
 
-    def crop(self, box: Box, at_least: tuple[int, int]) -> Image.Image:
-        """Decode one part as RGB, perhaps reduced; once only, and not after :meth:`whole`. Raises: UnreadableImage."""
-        if not self._by_parts:
+    def crop(self, box: Box, at_least: tuple[int, int]) -> Pixels:
+        """Decode one part as RGB ``[height, width, 3]``, perhaps reduced. Raises: UnreadableImage."""
+        if self._image is not None and not _by_parts(self._image):
             return DecodedPicture(self.whole()).crop(box, at_least)
-        return guarded(lambda: self._decode_part(box, at_least), self._name)
+        orientation = self._orientation
+        width, height = self.size if orientation < 5 else self.size[::-1]
+        stored = _as_stored(box, (width, height), orientation)
+        needed = at_least if orientation < 5 else at_least[::-1]
+        scale = next((s for s in _SCALES if s * needed[0] <= stored.width and s * needed[1] <= stored.height), 1)
+        part = self._part_by_turbo(stored, scale)
+        if part is None:
+            part = np.array(guarded(lambda: self._part_by_pillow(stored, scale), self._name))
+        return np.array(Image.fromarray(part).transpose(UPRIGHT[orientation])) if orientation in UPRIGHT else part
 
-    def _decode_part(self, box: Box, at_least: tuple[int, int]) -> Image.Image:
-        image, orientation = self._image, self._orientation
-        width, height = reversed(at_least) if orientation >= 5 else at_least
-        stored = _as_stored(box, image.size, orientation)
+    def _opened(self) -> Image.Image:
+        return guarded(lambda: open_bytes(io.BytesIO(self._data)), self._name)
+
+    def _part_by_turbo(self, stored: Box, scale: int) -> Pixels | None:
+        if self._frame is None or (self._image is not None and self._image.mode != "RGB"):
+            return None
+        rows = turbo.decode_rows(self._data, self._frame, self._frame.rows_for(stored.top + stored.height), scale)
+        if rows is None:
+            return None
+        left, top, right, bottom = _reduced(stored, scale, (rows.shape[1], rows.shape[0]))
+        return rows[top:bottom, left:right]
+
+    def _part_by_pillow(self, stored: Box, scale: int) -> Image.Image:
+        data: bytes | bytearray = self._data
+        if self._frame is not None:
+            data = with_height(self._data, self._frame, self._frame.rows_for(stored.top + stored.height))
+        image = open_bytes(io.BytesIO(data))
         assert isinstance(image, ImageFile.ImageFile)  # noqa: S101  (Pillow opens nothing else)
-        self._leave_out_rows_below(image, stored.top + stored.height)
-        scale = next((s for s in _SCALES if s * width <= stored.width and s * height <= stored.height), 1)
+        image.decodermaxblock = len(data)  # all at once, where Pillow would hand over 64 KB at a time
         if scale > 1:
-            image.draft(image.mode, (image.width // scale, image.height // scale))
+            width, height = image.size
+            image.draft(image.mode, (max(width // scale, 1), max(height // scale, 1)))
         load_pixels(image)
         part = image.crop(_reduced(stored, scale, image.size))
-        part = part if part.mode == "RGB" else part.convert("RGB")
-        return part.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else part
-
-    def _leave_out_rows_below(self, image: ImageFile.ImageFile, bottom: int) -> None:
-        """Write a smaller height into the copy of the file in memory: decoding then ends there, and is content."""
-        frame = find_frame(self._data)
-        if frame is None or frame.height != image.height:
-            return
-        rows = frame.rows_for(bottom)
-        if rows == frame.height:
-            return
-        self._file.seek(frame.offset)
-        self._file.write(rows.to_bytes(2, "big"))
-        image.tile = [image.tile[0]._replace(extents=(0, 0, image.width, rows))]
+        return part if part.mode == "RGB" else part.convert("RGB")
 
 
 def open_picture(path: str | Path) -> EncodedPicture:
     """Open the picture in a file; only its header is looked at. Raises: UnreadableImage."""
     return EncodedPicture(read_file(path), str(path))
+
+
+def _is_plain(frame: Frame | None) -> bool:
+    """Tell whether a header says all there is to know, and nothing that Pillow would stop at."""
+    limit = Image.MAX_IMAGE_PIXELS
+    return frame is not None and frame.plain and (limit is None or frame.width * frame.height <= limit)
+
+
+def _by_parts(image: Image.Image) -> bool:
+    # Of the other formats, some know where up is only once they are decoded.
+    return image.format == "JPEG" and image.mode in _COLOURS
 
 
 def _as_stored(box: Box, size: tuple[int, int], orientation: int) -> Box:

@@ -6,6 +6,7 @@ workers let them write into the batch's own memory, pixel by pixel (``[B, H, W, 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -87,11 +88,11 @@ class FusedTransform:
 
 
 class RandomCropFlip:
-    """timm's random resized crop and torchvision's flip, with their own draws, on a picture not decoded yet.
+    """timm's random resized crop and a horizontal flip, on a picture not decoded yet.
 
-    Bilinear and bicubic crops are resized by torch's vectorised 8-bit kernels. Where these round otherwise than
-    Pillow, pixels differ by one level; where bicubic overshoots beside black or white, few (one in ten thousand) by
-    some more.
+    The crop is drawn as timm draws it, number for number, and the flip from the same generator, Python's. Bilinear and
+    bicubic crops are resized by torch's vectorised 8-bit kernels. Where these round otherwise than Pillow, pixels
+    differ by one level; where bicubic overshoots beside black or white, few (one in ten thousand) by some more.
 
     Args:
         crop: holds the size, the ranges of area and aspect ratio, and the interpolation (one or several).
@@ -101,6 +102,7 @@ class RandomCropFlip:
     def __init__(self, crop: RandomResizedCropAndInterpolation, flip: transforms.RandomHorizontalFlip) -> None:
         self._crop = crop
         self._flip = flip
+        self._logarithms = (math.log(crop.ratio[0]), math.log(crop.ratio[1]))
 
     def __call__(self, picture: Picture) -> Tensor:
         """Return uint8 ``[H, W, 3]``."""
@@ -108,20 +110,33 @@ class RandomCropFlip:
         box = self.draw_box(picture.size)
         choices = self._crop.interpolation
         mode = random.choice(choices) if isinstance(choices, tuple) else choices
+        flipped = random.random() < self._flip.p
         part = picture.crop(box, (width, height))
-        flipped = bool(torch.rand(1) < self._flip.p)
         if mode.value not in _BY_TORCH:
-            pixels = pixels_of(part.resize((width, height), str_to_pil_interp(mode.value)))
-            return pixels.flip(1) if flipped else pixels
-        planes = pixels_of(part).permute(2, 0, 1)[None]
-        resized = torch.nn.functional.interpolate(planes, (height, width), mode=mode.value, antialias=True)
-        return (resized.flip(3) if flipped else resized)[0].permute(1, 2, 0)
+            resized = Image.fromarray(part).resize((width, height), str_to_pil_interp(mode.value))
+            return pixels_of(resized).flip(1) if flipped else pixels_of(resized)
+        planes = torch.from_numpy(part).permute(2, 0, 1)[None]
+        result = torch.nn.functional.interpolate(planes, (height, width), mode=mode.value, antialias=True)
+        return (result.flip(3) if flipped else result)[0].permute(1, 2, 0)
 
     def draw_box(self, size: tuple[int, int]) -> Box:
-        """Draw the crop of a picture of that width and height, as timm does."""
-        stand_in = torch.empty((1, size[1], size[0]), device="meta")  # timm asks a picture for nothing but its size
-        top, left, height, width = self._crop.get_params(stand_in, self._crop.scale, self._crop.ratio)
-        return Box(left, top, width, height)
+        """Draw the crop of a picture of that width and height: Inception's, as timm does, but without the picture.
+
+        Up to ten draws of a share of the area and an aspect ratio (evenly on the logarithmic scale) until the box fits;
+        then the largest centred one whose aspect ratio is in the range.
+        """
+        width, height = size
+        for _ in range(10):
+            area = random.uniform(*self._crop.scale) * (width * height)
+            aspect = math.exp(random.uniform(*self._logarithms))
+            box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if box_width <= width and box_height <= height:
+                top = random.randint(0, height - box_height)
+                return Box(random.randint(0, width - box_width), top, box_width, box_height)
+        least, most = self._crop.ratio
+        box_width = round(height * most) if width / height > most else width
+        box_height = round(width / least) if width / height < least else height
+        return Box((width - box_width) // 2, (height - box_height) // 2, box_width, box_height)
 
     def __repr__(self) -> str:
         """Return the two steps."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 import stat
 import threading
 import warnings
@@ -155,12 +156,12 @@ def read_file(path: str | Path) -> bytes:
     Raises:
         UnreadableImage: there is no such file, it is no regular file, it is empty, or it may not be read.
     """
-    path = Path(path)
     try:
-        mode = path.stat().st_mode
+        mode = os.stat(path).st_mode  # noqa: PTH116  (no path object for each of millions)
         if not stat.S_ISREG(mode):  # a pipe would be waited for, forever
             raise UnreadableImage(str(path), "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file")
-        data = path.read_bytes()
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            data = file.readall()
     except OSError as error:
         if error.errno in _EXHAUSTED:
             raise

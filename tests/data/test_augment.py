@@ -1,4 +1,5 @@
 import pickle
+import random
 
 import numpy as np
 import pytest
@@ -7,7 +8,6 @@ from PIL import Image, ImageFilter
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
-from torchvision.transforms import RandomHorizontalFlip
 
 from cadapt.data.augment import PRESETS, evaluation_transform, training_transform
 from cadapt.data.encoded import DecodedPicture
@@ -67,22 +67,19 @@ def test_none_is_timm_evaluation():
 def test_crops_are_timms_draw_for_draw(size):
     """Scale 0.2 to 1 and ratio 3/4 to 4/3 are timm's arguments here, and its own code draws the expected box."""
     image = picture(0, size)
-    geometry = RandomCropFlip(
-        RandomResizedCropAndInterpolation((32, 40), scale=(0.2, 1.0)), RandomHorizontalFlip(p=0.5)
-    )
-    drawn, flips = training_transform("light", SMALL), 0
+    crop = RandomResizedCropAndInterpolation((32, 40), scale=(0.2, 1.0))
+    geometry = RandomCropFlip(crop, transforms.RandomHorizontalFlip())
+    transform = training_transform("light", SMALL)
     for seed in range(50):
         seed_generators(seed)
-        expected = RandomResizedCropAndInterpolation.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))
-        flips += bool(torch.rand(1) < 0.5)
+        expected = crop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))
         seed_generators(seed)
         left, top, width, height = geometry.draw_box(size)
         assert (top, left, height, width) == expected
         seed_generators(seed)
         recorded = Recorded(image)
-        drawn.write(recorded, torch.empty(32, 40, 3))
+        transform.write(recorded, torch.empty(32, 40, 3))
         assert recorded.boxes == [(left, top, width, height)]
-    assert 10 < flips < 40
 
 
 class Recorded(DecodedPicture):
@@ -97,24 +94,44 @@ class Recorded(DecodedPicture):
         return super().crop(box, at_least)
 
 
+def timms(image, seed, settings, **options):
+    """timm's transform, but for the flip, which is drawn from Python's generator; and whether it flipped."""
+    parts = create_transform(
+        settings.input_size,
+        is_training=True,
+        separate=True,
+        scale=(0.2, 1.0),
+        hflip=0.0,
+        interpolation=settings.interpolation,
+        mean=settings.mean,
+        std=settings.std,
+        **{"color_jitter": None, **options},
+    )
+    seed_generators(seed)
+    image = parts[0](image)
+    flipped = random.random() < 0.5
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image
+    return parts[2](parts[1](image)), flipped
+
+
+def ours(image, seed, settings, preset):
+    seed_generators(seed)
+    return training_transform(preset, settings)(image)
+
+
+def levels_apart(images, settings):
+    results = [(ours(image, seed, settings, "light"), timms(image, seed, settings)) for seed, image in images]
+    assert {flipped for _, (_, flipped) in results} == {True, False}
+    return torch.stack([(result - expected).abs() * 255 for result, (expected, _) in results])
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest", "random"])
 @pytest.mark.parametrize("size", [(60, 50), (200, 160), (20, 30)])
 def test_light_is_timms_transform_to_a_level(interpolation, size):
     """Torch's 8-bit resize rounds otherwise than Pillow's, by one level; bicubic clips otherwise at few pixels."""
     settings = Preprocessing(input_size=(3, 32, 40), interpolation=interpolation, mean=(0.0,) * 3, std=(1.0,) * 3)
-    ours = training_transform("light", settings)
-    timms = create_transform(
-        (3, 32, 40), True, scale=(0.2, 1.0), color_jitter=None, interpolation=interpolation, mean=0.0, std=1.0
-    )
-    differences = []
-    for seed in range(20):
-        image = picture(seed, size).filter(ImageFilter.GaussianBlur(1))
-        results = []
-        for transform in (ours, timms):
-            seed_generators(seed)
-            results.append(transform(image) * 255)
-        differences.append((results[0] - results[1]).abs())
-    difference = torch.stack(differences)
+    blurred = [(seed, picture(seed, size).filter(ImageFilter.GaussianBlur(1))) for seed in range(20)]
+    difference = levels_apart(blurred, settings)
     assert difference.max() < (2.01 if interpolation in ("bicubic", "random") else 1.01)
     assert (difference > 1.01).float().mean() < 1e-4
     assert (difference > 0.01).float().mean() < 0.2
@@ -122,45 +139,25 @@ def test_light_is_timms_transform_to_a_level(interpolation, size):
 
 def test_bicubic_beside_black_and_white_is_pillows_but_for_few_pixels():
     settings = Preprocessing(input_size=(3, 64, 64), mean=(0.0,) * 3, std=(1.0,) * 3)
-    geometry = {"scale": (0.2, 1.0), "color_jitter": None, "interpolation": "bicubic"}
-    timms = create_transform((3, 64, 64), True, mean=0.0, std=1.0, **geometry)
-    differences = []
-    for seed in range(20):
-        image = picture(seed, (30, 40)).resize((90, 120), Image.Resampling.NEAREST)  # every edge as steep as can be
-        results = []
-        for transform in (training_transform("light", settings), timms):
-            seed_generators(seed)
-            results.append(transform(image) * 255)
-        differences.append((results[0] - results[1]).abs())
-    difference = torch.stack(differences)
+    # every edge as steep as can be
+    images = [(seed, picture(seed, (30, 40)).resize((90, 120), Image.Resampling.NEAREST)) for seed in range(20)]
+    difference = levels_apart(images, settings)
     assert (difference > 1.01).float().mean() < 0.02
     assert difference.mean() < 0.2
 
 
 def test_strong_draws_as_timm_does():
-    """Whatever is drawn after the crop comes in timm's order: the same operations, the same part erased."""
+    """What is drawn after the crop and the flip comes in timm's order: the same operations, the same part erased."""
     image = picture(3, (60, 50)).filter(ImageFilter.GaussianBlur(1))
-    settings = {"scale": (0.2, 1.0), "color_jitter": None, "interpolation": "bicubic", "re_prob": 0.25}
-    timms = create_transform(
-        (3, 32, 40),
-        True,
-        auto_augment="rand-m9-n2-mstd0.5",
-        re_mode="pixel",
-        mean=SMALL.mean,
-        std=SMALL.std,
-        **settings,
-    )
     erased = 0
     for seed in range(30):
-        results = []
-        for transform in (training_transform("strong", SMALL), timms):
-            seed_generators(seed)
-            results.append(transform(image))
+        result = ours(image, seed, SMALL, "strong")
+        expected, _ = timms(image, seed, SMALL, auto_augment="rand-m9-n2-mstd0.5", re_prob=0.25, re_mode="pixel")
         # operations such as posterise and equalise turn a level into many, so most pixels must agree, not all
-        assert (results[0] - results[1]).abs().median() < 2 / 255 / 0.225
-        noise = results[1].abs() > 2.75  # beyond any pixel, so drawn by the eraser
+        assert (result - expected).abs().median() < 2 / 255 / 0.225
+        noise = expected.abs() > 2.75  # beyond any pixel, so drawn by the eraser
         erased += bool(noise.any())
-        assert torch.equal(results[0][noise], results[1][noise])
+        assert torch.equal(result[noise], expected[noise])
     assert erased > 2
 
 

@@ -227,10 +227,10 @@ def test_permission_denied(tmp_path, monkeypatch):
     path.chmod(0)
     if os.access(path, os.R_OK):  # root may read everything: let the call say what it would to others
 
-        def refuse(_self):
+        def refuse(*_arguments, **_options):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(Path, "read_bytes", refuse)
+        monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UnreadableImage, match="permission denied"):
         read_image(path)
     path.chmod(stat.S_IRUSR | stat.S_IWUSR)
@@ -239,10 +239,10 @@ def test_permission_denied(tmp_path, monkeypatch):
 def test_exhausted_machines_are_not_blamed_on_the_picture(tmp_path, monkeypatch):
     path = saved(picture(0), tmp_path / "a.png")
 
-    def refuse(_self):
+    def refuse(*_arguments, **_options):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(OSError, match="Too many open files"):
         read_image(path)
 
