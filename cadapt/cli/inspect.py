@@ -27,6 +27,7 @@ class _Asked:
     all_schemes: bool
     schemes: tuple[str, ...]
     img_size: int | None
+    batch_size: int | None
     as_json: bool
     quiet: bool
 
@@ -62,6 +63,9 @@ def command(
         str | None, typer.Option("--backbone", metavar="MODEL", help="The timm model a checkpoint is for.")
     ] = None,
     img_size: Annotated[int | None, typer.Option("--img-size", min=1, help="Input size in pixels.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Count activation memory for a batch, not a picture.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -73,7 +77,10 @@ def command(
     if schemes and scheme:
         raise UsageError("--schemes compares all schemes, --scheme only some", hint="leave one out")
     named = tuple(scheme or ())
-    asked = _Asked(sites=sites, all_schemes=schemes, schemes=named, img_size=img_size, as_json=as_json, quiet=quiet)
+    asked = _Asked(
+        sites=sites, all_schemes=schemes, schemes=named, img_size=img_size, batch_size=batch_size, as_json=as_json,
+        quiet=quiet,
+    )  # fmt: skip
     path = Path(target)
     if target == "-" or path.is_file():
         _inspect_file(target, backbone, asked)
@@ -87,6 +94,8 @@ def command(
         return
     if sites:
         raise UsageError("--sites lists those of one model", hint="cadapt inspect MODEL --sites")
+    if batch_size is not None:
+        raise UsageError("--batch-size counts the memory of one model", hint="cadapt inspect MODEL --batch-size")
     if backbone is not None:
         raise UsageError("--backbone names the model of a checkpoint", hint="cadapt inspect FILE --backbone MODEL")
     _inspect_glob(target, asked)
@@ -100,7 +109,7 @@ def _inspect_model(name: str, asked: _Asked) -> None:
 
     chosen = asked.choose(USUAL_SCHEMES)
     with show_counting("comparing schemes", quiet=asked.quiet) as progress:
-        summary = describe_architecture(name, asked.img_size, chosen, progress)
+        summary = describe_architecture(name, asked.img_size, chosen, progress, asked.batch_size)
     asked.give(summary.to_json(), lambda: show_model(summary, sites=asked.sites, only_schemes=asked.all_schemes))
 
 
@@ -121,6 +130,8 @@ def _inspect_file(target: str, backbone: str | None, asked: _Asked) -> None:
     path = Path(target)
     if backbone is None and (asked.all_schemes or asked.schemes):
         raise UsageError("schemes are compared on a model, not on a file", hint="cadapt inspect MODEL --schemes")
+    if backbone is None and asked.batch_size is not None:
+        raise UsageError("--batch-size counts a model's memory, not a file's", hint="cadapt inspect MODEL --batch-size")
     if target == "-":
         source = find_adapter("-")
         _show_adapter(source.content, str(source.path or "stdin"), asked)
@@ -204,5 +215,6 @@ def _show_weights(path: Path, backbone: str, asked: _Asked) -> None:
     from cadapt.report.describe import show_model
 
     chosen = asked.choose(USUAL_SCHEMES)
-    summary = summarise(load_backbone(backbone, checkpoint=path, img_size=asked.img_size), chosen)
+    loaded = load_backbone(backbone, checkpoint=path, img_size=asked.img_size)
+    summary = summarise(loaded, chosen, batch=asked.batch_size)
     asked.give(summary.to_json(), lambda: show_model(summary, sites=asked.sites, only_schemes=asked.all_schemes))

@@ -32,7 +32,10 @@ class StageSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSummary:
-    """All of it for one model. ``activation_bytes`` of a scheme compares with that of the scheme ``full``."""
+    """All of it for one model. ``activation_bytes`` of a scheme compares with that of the scheme ``full``.
+
+    ``activation_batch`` is how many pictures they are of: a batch's, or one picture's share.
+    """
 
     name: str
     parameters: int
@@ -41,6 +44,7 @@ class ModelSummary:
     stages: tuple[StageSummary, ...]
     sites: tuple[Site, ...]
     schemes: tuple[SchemeSummary, ...]
+    activation_batch: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
@@ -53,6 +57,7 @@ def describe_architecture(
     img_size: int | None = None,
     schemes: Sequence[str] = USUAL_SCHEMES,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    batch: int | None = None,
 ) -> ModelSummary:
     """Describe a timm architecture, without its weights; arguments as :func:`summarise` takes them.
 
@@ -62,13 +67,14 @@ def describe_architecture(
     check_architecture(name)
     with torch.device("meta"):
         backbone = load_backbone(name, pretrained=False, img_size=img_size)
-    return summarise(backbone, schemes, progress)
+    return summarise(backbone, schemes, progress, batch)
 
 
 def summarise(
     backbone: Backbone,
     schemes: Sequence[str] = USUAL_SCHEMES,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    batch: int | None = None,
 ) -> ModelSummary:
     """Describe a base: its structure, and what schemes would add.
 
@@ -76,12 +82,13 @@ def summarise(
         backbone: the base; it is left as it was.
         schemes: names of schemes, or of several joined by ``+``.
         progress: called with how many schemes are done, and of how many.
+        batch: pictures that activations are counted for; None for a picture's share.
     """
     with collecting_later():
         surveyed = survey(backbone)
         size = backbone.preprocessing.input_size
         plain = cost(backbone.model, size, training=False)
-        summaries = summarise_schemes(backbone, surveyed, schemes, plain.macs, progress)
+        summaries = summarise_schemes(backbone, surveyed, schemes, plain.macs, progress, batch)
     return ModelSummary(
         name=backbone.base.name,
         parameters=plain.parameters,
@@ -90,6 +97,7 @@ def summarise(
         stages=_stages(surveyed.sites),
         sites=surveyed.sites,
         schemes=summaries,
+        activation_batch=batch or 1,
     )
 
 

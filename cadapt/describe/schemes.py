@@ -15,6 +15,7 @@ from cadapt.backbone import Backbone
 from cadapt.costing import count_activations
 from cadapt.describe.adapters import AdapterSummary, count_adapter_macs, summarise_adapters
 from cadapt.describe.merges import MergeReason, MergeRules, count_reasons
+from cadapt.frozen import prepare
 from cadapt.meta import meta_copy
 from cadapt.plan import Plan
 from cadapt.planning import Survey, fitting_schemes, plan_insertions
@@ -22,6 +23,7 @@ from cadapt.surgery import operate
 
 # what is shown where nobody asked for others: the main method between the two ends it is compared with
 USUAL_SCHEMES = ("linear", "conv-par", "conv-seq", "res-par", "res-seq", "full")
+# two pictures stand for one: a batch norm that trains has no statistics of one whose maps are a single pixel
 _BATCH = 2
 
 
@@ -31,9 +33,10 @@ class SchemeSummary:
 
     ``sites`` counts adapters, ``tensors`` tensors of the base that are trained or get a learned difference.
     ``parameters`` train; ``share`` is theirs of the backbone's. ``macs_added`` is per picture, ``macs_share`` of the
-    base's; ``activation_bytes`` is what training keeps for backward, per picture. ``merged`` counts the adapters that
-    fold into the base once trained, and ``merge_reasons`` says why the others do not, and how many each reason holds
-    for; changed tensors always end in the base's own.
+    base's; ``activation_bytes`` is what training keeps for backward, in fp32, of a picture or of the batch that was
+    asked for, and ``engine_activation_bytes`` what the engine leaves of it. ``merged`` counts the adapters that fold
+    into the base once trained, and ``merge_reasons`` says why the others do not, and how many each reason holds for;
+    changed tensors always end in the base's own.
     """
 
     name: str
@@ -46,6 +49,7 @@ class SchemeSummary:
     adapters: tuple[AdapterSummary, ...] = ()
     tensors: int = 0
     macs_share: float = 0.0
+    engine_activation_bytes: int = 0
     merged: int = 0
     merge_reasons: tuple[MergeReason, ...] = ()
 
@@ -93,6 +97,7 @@ def summarise_schemes(
     names: Sequence[str],
     base_macs: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    batch: int | None = None,
 ) -> tuple[SchemeSummary, ...]:
     """Say what each of some schemes would add to a base.
 
@@ -102,6 +107,7 @@ def summarise_schemes(
         names: the schemes; one may join several by ``+``.
         base_macs: the base's multiply–accumulates for one picture.
         progress: called with how many schemes are done, and of how many.
+        batch: pictures that the activations are counted for; None for a picture's share.
     """
     reasons = explain_misfits(surveyed, names)
     twin = replace(backbone, model=meta_copy(backbone.model))
@@ -109,12 +115,18 @@ def summarise_schemes(
     found: list[SchemeSummary] = []
     for name in names:
         progress(len(found), len(names))
-        found.append(_summarise(twin, surveyed, rules, name, reasons[name], base_macs))
+        found.append(_summarise(twin, surveyed, rules, name, reasons[name], base_macs, batch))
     return tuple(found)
 
 
 def _summarise(
-    twin: Backbone, surveyed: Survey, rules: MergeRules, name: str, reason: str | None, base_macs: int
+    twin: Backbone,
+    surveyed: Survey,
+    rules: MergeRules,
+    name: str,
+    reason: str | None,
+    base_macs: int,
+    batch: int | None,
 ) -> SchemeSummary:
     if reason is not None:
         return SchemeSummary(
@@ -123,13 +135,15 @@ def _summarise(
     plan = plan_insertions(twin, name, surveyed=surveyed)
     macs, trained = count_adapter_macs(plan, surveyed), count_trained(twin, surveyed, plan)
     outcomes = rules.ask(plan)
+    plain, engine = _count_activations(twin, surveyed, plan, batch)
     return SchemeSummary(
         name=name,
         sites=len(plan.insertions),
         parameters=trained,
         share=trained / max(1, twin.base.parameters),
         macs_added=macs,
-        activation_bytes=_count_activations(twin, surveyed, plan),
+        activation_bytes=plain,
+        engine_activation_bytes=engine,
         reason=None,
         adapters=summarise_adapters(plan),
         tensors=len(plan.trainable) + len(plan.deltas),
@@ -139,8 +153,13 @@ def _summarise(
     )
 
 
-def _count_activations(twin: Backbone, surveyed: Survey, plan: Plan) -> int:
+def _count_activations(twin: Backbone, surveyed: Survey, plan: Plan, batch: int | None) -> tuple[int, int]:
+    """What training keeps for backward, plainly and under the engine."""
     # without a head nothing of a linear probe trains; the input of the classifier is all that its training keeps
-    # two pictures: a batch norm that trains has no statistics of one picture whose maps are a single pixel
-    model = operate(twin, plan, surveyed)
-    return count_activations(model, twin.preprocessing.input_size, batch=_BATCH) // _BATCH
+    model = operate(twin, plan, surveyed).train()
+    count, share = batch or _BATCH, 1 if batch else _BATCH
+    plain, engine = (
+        count_activations(item, twin.preprocessing.input_size, batch=count, disposable=True) // share
+        for item in (model, prepare(model))
+    )
+    return plain, engine

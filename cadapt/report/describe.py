@@ -36,7 +36,7 @@ def show_model(summary: ModelSummary, *, sites: bool, only_schemes: bool = False
         layers = sum(site.kind == _UNLISTED for site in summary.sites)
         if layers:
             console.print(f"and {number_of(layers, f'{_UNLISTED} site')}: --json lists them", style="dim")
-    show_schemes(summary.schemes)
+    show_schemes(summary.schemes, summary.activation_batch)
     if not only_schemes:
         console.print(f"all schemes: cadapt inspect {literal(summary.name)} --schemes", style="dim")
 

@@ -16,19 +16,24 @@ if TYPE_CHECKING:
 _WIDEST = 100
 _CAPTION = (
     "head left out; t: tensors of the base that train or get a learned difference; activations: what training keeps "
-    "for backward, a picture; merges: once trained it folds into the base's own tensors, or by its number why not"
+    "for backward, {of}, in fp32, plainly and under the engine; merges: once trained it folds into the base's own "
+    "tensors, or by its number why not"
 )
 
 
-def show_schemes(schemes: Sequence[SchemeSummary]) -> None:
-    """Show the schemes that fit, those that train least first, then why adapters do not merge or schemes not fit."""
+def show_schemes(schemes: Sequence[SchemeSummary], activation_batch: int = 1) -> None:
+    """Show the schemes that fit, those that train least first, then why adapters do not merge or schemes not fit.
+
+    ``activation_batch`` is how many pictures their activations are of.
+    """
     console = stderr_console()
     width = min(console.width, _WIDEST)
     fitting = sorted((scheme for scheme in schemes if scheme.reason is None), key=lambda scheme: scheme.parameters)
     marks = _number_reasons(fitting)
     if fitting:
         console.print(_table(fitting, marks), width=width)
-        console.print(_CAPTION, style="dim", width=width)
+        of = "a picture" if activation_batch == 1 else f"a batch of {activation_batch}"
+        console.print(_CAPTION.format(of=of), style="dim", width=width)
     for mark, reason in _shown_reasons(fitting, marks).items():
         console.print(f"({mark}) {literal(reason)}", width=width)
     for reason, names in _group_misfits(schemes).items():
@@ -36,7 +41,8 @@ def show_schemes(schemes: Sequence[SchemeSummary]) -> None:
 
 
 def _table(schemes: Sequence[SchemeSummary], marks: dict[str, int]) -> Table:
-    table = new_table("scheme", "adapters>", "trainable>", "%>", "MACs added>", "%>", "activations>", "merges")
+    figures = ("adapters>", "trainable>", "%>", "MACs added>", "%>", "activations>", "engine>")
+    table = new_table("scheme", *figures, "merges")
     # one line a scheme: a name that is cut is the lesser evil
     for column in table.columns:
         column.no_wrap = True
@@ -54,6 +60,7 @@ def _row(scheme: SchemeSummary, marks: dict[str, int]) -> tuple[Any, ...]:
         amount(scheme.macs_added, ""),
         percent(scheme.macs_share).removesuffix(" %"),
         amount(scheme.activation_bytes),
+        amount(scheme.engine_activation_bytes),
         _merging(scheme, marks),
     )
 

@@ -81,6 +81,18 @@ def test_a_model_shows_the_usual_schemes_and_where_the_others_are() -> None:
     assert shown.endswith("all schemes: cadapt inspect test_resnet --schemes\n")
 
 
+def test_activations_of_a_batch() -> None:
+    one, many = (
+        run("inspect", "test_resnet", "--scheme", "conv-par", "--json", "-q", *more).json
+        for more in ((), ("--batch-size", "8"))
+    )
+    assert (one["activation_batch"], many["activation_batch"]) == (1, 8)
+    assert many["schemes"][0]["engine_activation_bytes"] > 7 * one["schemes"][0]["engine_activation_bytes"]
+    shown = run("inspect", "test_resnet", "--scheme", "conv-par", "--batch-size", "8").stderr
+    assert "a batch of 8" in " ".join(shown.split())
+    check_refused(run("inspect", GLOB, "--batch-size", "8"), 2, "one model", hint="inspect MODEL --batch-size")
+
+
 def test_layers_are_counted_and_not_listed() -> None:
     shown = run("inspect", "test_resnet", "--sites", "--scheme", "ssf").stderr
     assert "and 30 layer sites: --json lists them" in shown

@@ -17,6 +17,7 @@ RELU = "its ReLU between the two convs is not linear"
 def scheme(name: str, parameters: int = 0, sites: int = 0, reasons: Mapping[str, int] | None = None) -> SchemeSummary:
     kept = tuple(MergeReason(reason=reason, adapters=number) for reason, number in (reasons or {}).items())
     figures: dict[str, Any] = {"share": 0.0152, "macs_added": 63_800_000, "activation_bytes": 79_500_000}
+    figures["engine_activation_bytes"] = 9_500_000
     merged = sites - sum(item.adapters for item in kept)
     return SchemeSummary(
         name=name, sites=sites, parameters=parameters, reason=None, merged=merged, merge_reasons=kept, **figures
@@ -48,8 +49,8 @@ def test_those_that_train_least_come_first_and_reasons_are_numbered(capsys: pyte
     )
     rows = [line.split() for line in lines[1:6]]
     assert [row[0] for row in rows] == ["linear", "conv-par", "lora", "residual-par", "res-par"]
-    assert rows[1] == ["conv-par", "16", "356,848", "1.52", "63.8", "M", "0.00", "79.5", "MB", "no", "(1)"]
-    assert [row[9:] for row in rows] == [["yes"], ["no", "(1)"], ["yes"], ["3", "of", "5", "(2)"], ["no", "(1)"]]
+    assert rows[1] == ["conv-par", "16", "356,848", "1.52", "63.8", "M", "0.00", "79.5", "MB", "9.5", "MB", "no", "(1)"]
+    assert [row[11:] for row in rows] == [["yes"], ["no", "(1)"], ["yes"], ["3", "of", "5", "(2)"], ["no", "(1)"]]
     assert lines[-2:] == [f"(1) {RELU}", "(2) e.g. the conv has 32 groups"]
 
 
