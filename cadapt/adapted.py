@@ -6,7 +6,7 @@ new is under ``adapters``. The pristine graph is kept beside the spliced one: sw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from cadapt.errors import UsageError
-from cadapt.graph.flatten import flatten, unflatten
+from cadapt.graph.flatten import compile_graph, flatten, unflatten
 from cadapt.plan import Plan
 from cadapt.preprocessing import Preprocessing
 
@@ -53,8 +53,8 @@ class AdaptedModel(nn.Module):
         self.base_graph = base_graph
         self._tuned = frozenset(plan.trainable)
         self._enabled = True
-        self._run = _compile(self, graph)
-        self._run_base = _compile(self, base_graph)
+        self._run = compile_graph(self, graph)
+        self._run_base = compile_graph(self, base_graph)
         self._set_trainable()
         # a scheme that tunes the base's own tensors needs their first values to be switched off
         self._pristine = {name: tensor.detach().clone() for name, tensor in self._changing().items()}
@@ -78,8 +78,8 @@ class AdaptedModel(nn.Module):
         """Build and compile them again."""
         state = {**state, "graph": unflatten(state["graph"]), "base_graph": unflatten(state["base_graph"])}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._run = _compile(self, self.graph)
-        self._run_base = _compile(self, self.base_graph)
+        self._run = compile_graph(self, self.graph)
+        self._run_base = compile_graph(self, self.base_graph)
 
     def train(self, mode: bool = True) -> AdaptedModel:
         """Set train or eval mode; batch norms of the base keep their statistics where the plan freezes them."""
@@ -166,15 +166,6 @@ def _swap(model: AdaptedModel, values: Mapping[str, torch.Tensor]) -> dict[str, 
     for name, value in values.items():
         named[name].data.copy_(value)
     return previous
-
-
-def _compile(model: nn.Module, graph: fx.Graph) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
-    """The Python function that a graph stands for, taking the module that holds its targets."""
-    graph.lint()
-    function: Any = type(fx.GraphModule(model, graph)).forward
-    graph.owning_module = None
-    compiled: Callable[[nn.Module, torch.Tensor], torch.Tensor] = function
-    return compiled
 
 
 def _is_statistic(model: nn.Module, name: str) -> bool:

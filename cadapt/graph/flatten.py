@@ -1,11 +1,16 @@
-"""A graph as a flat record and back: torch.fx pickles nodes by following them, and a deep model has too many for it."""
+"""A graph as a flat record and back, and as a function.
+
+torch.fx pickles nodes by following them, and a deep model has too many for it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 
 @dataclass(frozen=True)
@@ -64,3 +69,12 @@ def _replace(value: Any, known: Any) -> Any:
         items = [_replace(item, known) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
+
+
+def compile_graph(model: nn.Module, graph: fx.Graph) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    """Return the Python function that a graph stands for, taking the module that holds its targets."""
+    graph.lint()
+    function: Any = type(fx.GraphModule(model, graph)).forward
+    graph.owning_module = None
+    compiled: Callable[[nn.Module, torch.Tensor], torch.Tensor] = function
+    return compiled

@@ -110,7 +110,7 @@ def bake_layer(module: nn.Module, shape: torch.Size) -> nn.Conv2d | str | None:
         shape: of an input it gets in the model, ``[batch, channels, height, width]``.
     """
     generator = torch.Generator().manual_seed(0)
-    like = module.weight
+    like: Any = module.weight
     first, second = (torch.randn((1, *shape[1:]), generator=generator).to(like) for _ in range(2))
     output, calls = _catch(module, first)
     other_output, other_calls = _catch(module, second)

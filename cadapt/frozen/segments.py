@@ -1,0 +1,196 @@
+"""Choose segments to compute again in backward, keeping what enters each (Chen et al., arXiv 1604.06174).
+
+Segments run between nodes that all paths pass, such as the sums that close residual blocks. What each would keep is
+measured on a run without data; then those ends are chosen for which the tensors kept in all, and the most that any one
+span keeps while it is computed again, are least together. A span that keeps no more than its input stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.autograd.graph import saved_tensors_hooks
+
+from cadapt.frozen.functions.relu import relu_bits, relu_result
+from cadapt.frozen.overwriting import add_into
+from cadapt.frozen.program import Program, sizes
+from cadapt.frozen.stretches import computed_inside, enclose
+from cadapt.graph.flow import immediate_dominators, mark_flow
+from cadapt.meta import meta_copy
+
+_THRESHOLDS = 24
+_BATCH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Span:
+    """Nodes behind ``start`` up to ``end``, by their places in the graph, and the bytes of either choice.
+
+    ``is_whole``: nothing in between is read behind ``end``, and something is kept.
+    """
+
+    first: int
+    last: int
+    input_bytes: int
+    inner_bytes: int
+    macs: int
+    is_whole: bool
+
+
+def recompute_segments(program: Program, most_macs: float = math.inf) -> None:
+    """Recompute where it saves memory.
+
+    Args:
+        program: the program, whose operations have been chosen.
+        most_macs: multiply–accumulates of a segment for each byte that it would have kept, at most.
+    """
+    program.measure()
+    nodes = list(program.graph.nodes)
+    kept = _measure_kept(program, nodes)
+    for span in _choose(program, nodes, kept, most_macs):
+        enclose(program, nodes[span.first : span.last + 1])
+    program.clean()
+
+
+def _measure_kept(program: Program, nodes: Sequence[fx.Node]) -> list[dict[int, int]]:
+    """For each node what running it makes autograd keep: bytes by storage, the model's own tensors left out."""
+    twin = meta_copy(program.root).train(program.root.training)
+    own = {item.untyped_storage()._cdata for item in (*twin.parameters(), *twin.buffers())}
+    module = fx.GraphModule(twin, program.graph)
+    program.graph.owning_module = None
+    runner = _KeptRecorder(module, own)
+    shape = (_BATCH, *program.model.preprocessing.input_size)
+    with torch.enable_grad():
+        runner.run(torch.empty(shape, device="meta", dtype=program.dtype))
+    return [runner.kept.get(node.name, {}) for node in nodes]
+
+
+class _KeptRecorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, own: set[int]) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.kept: dict[str, dict[int, int]] = {}
+        self._own = own
+        self._held: list[torch.Tensor] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and note what it keeps."""
+        found: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._own:
+                found[storage._cdata] = storage.nbytes()
+                self._held.append(tensor.detach())  # its storage's identity must not be given to another
+            return tensor.detach()
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = super().run_node(n)
+        self.kept[n.name] = found
+        return result
+
+
+def _choose(
+    program: Program, nodes: Sequence[fx.Node], kept: Sequence[dict[int, int]], most_macs: float
+) -> list[_Span]:
+    """The spans whose recomputation leaves least: what is kept in all, and the most that one keeps for a while."""
+    cuts = _cuts(program, nodes)
+    ends = _last_reads(program, nodes)
+    spans = {
+        (first, last): _measure(program, nodes, kept, cuts[first], cuts[last], ends)
+        for first in range(len(cuts))
+        for last in range(first + 1, len(cuts))
+    }
+    spans = {
+        key: replace(item, is_whole=item.is_whole and item.macs <= most_macs * item.inner_bytes)
+        for key, item in spans.items()
+    }
+    largest = sorted({item.inner_bytes for item in spans.values()})
+    step = max(1, len(largest) // _THRESHOLDS)
+    best: tuple[float, list[_Span]] = (math.inf, [])
+    for limit in {0, *largest[::step]}:
+        total, chosen = _least_kept(len(cuts), spans, limit)
+        total += max((item.inner_bytes for item in chosen), default=0)
+        if total < best[0]:
+            best = total, chosen
+    return best[1]
+
+
+def _least_kept(count: int, spans: dict[tuple[int, int], _Span], limit: int) -> tuple[float, list[_Span]]:
+    """The cover of all cuts that keeps least, where no recomputed span holds more than a limit at a time."""
+    best: list[tuple[float, list[_Span]]] = [(0.0, [])]
+    for last in range(1, count):
+        options: list[tuple[float, list[_Span]]] = []
+        for first in range(last):
+            span, (before, chosen) = spans[first, last], best[first]
+            if last == first + 1:
+                options.append((before + span.inner_bytes, chosen))
+            if span.is_whole and span.inner_bytes <= limit:
+                options.append((before + span.input_bytes, [*chosen, span]))
+        best.append(min(options, key=lambda option: option[0]))
+    return best[-1] if best else (0.0, [])
+
+
+def _measure(
+    program: Program,
+    nodes: Sequence[fx.Node],
+    kept: Sequence[dict[int, int]],
+    start: int,
+    end: int,
+    ends: Sequence[int],
+) -> _Span:
+    inner: dict[int, int] = {}
+    for index in range(start + 1, end + 1):
+        inner.update(kept[index])
+    whole = all(last <= end for last in ends[start + 1 : end])
+    size = math.prod(sizes(nodes[start])) * program.dtype.itemsize
+    return _Span(
+        first=start + 1,
+        last=end,
+        input_bytes=size,
+        inner_bytes=sum(inner.values()),
+        macs=sum(map(_macs, nodes[start + 1 : end + 1])),
+        is_whole=whole and bool(inner),
+    )
+
+
+def _macs(node: fx.Node) -> int:
+    """Multiply–accumulates of a layer, by its shapes; 0 for all else, which is cheap beside them."""
+    if node.op != "call_function" or not sizes(node):
+        return 0
+    weight = next((item for item in node.args if isinstance(item, fx.Node) and not item.meta["moving"]), None)
+    shape = sizes(weight)
+    return math.prod(sizes(node)) * math.prod(shape[1:]) if len(shape) > 1 else 0
+
+
+def _last_reads(program: Program, nodes: Sequence[fx.Node]) -> list[int]:
+    """For each node the place of the last that reads it, where it would be computed inside a span."""
+    place = {node: index for index, node in enumerate(nodes)}
+    inside = computed_inside(program, nodes)
+    return [max((place[user] for user in node.users), default=0) if node in inside else 0 for node in nodes]
+
+
+def _cuts(program: Program, nodes: Sequence[fx.Node]) -> list[int]:
+    """The places of the nodes, in order, that every path from the picture to the logits passes, live ones only."""
+    place = {node: index for index, node in enumerate(nodes)}
+    mark_flow(program.graph)
+    dominators = immediate_dominators(program.graph)
+    output = nodes[-1].args[0]
+    found = []
+    node = output if isinstance(output, fx.Node) else None
+    while node is not None:
+        if not any(_overwrites(user, node) for user in node.users):
+            found.append(place[node])
+        node = dominators.get(node)
+    return found[::-1]
+
+
+def _overwrites(user: fx.Node, node: fx.Node) -> bool:
+    if user.target is add_into:
+        return user.args[0] is node
+    in_place = user.target in (relu_bits, relu_result, torch.nn.functional.relu)
+    return in_place and len(user.args) > 1 and user.args[1] is True

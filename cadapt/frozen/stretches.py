@@ -1,0 +1,88 @@
+"""A stretch of a program as one call, which keeps what it reads and computes the rest again in backward.
+
+Sublinear memory by recomputation is Chen et al., arXiv 1604.06174; which stretches are worth it is decided in
+:mod:`cadapt.frozen.segments` and :mod:`cadapt.frozen.expansions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from cadapt.frozen.functions.recompute import recompute
+from cadapt.frozen.program import OWN, Program, sizes
+
+
+class Stretch(nn.Module):
+    """Part of a program as a module: takes what it reads from outside, tensors first, and returns its last result."""
+
+    def __init__(self, body: fx.GraphModule, parameters: Sequence[nn.Parameter], *, draws: bool) -> None:
+        super().__init__()
+        # in a tuple, so that neither is a child: both belong to the program's root already
+        self._parts = (body, tuple(parameters))
+        self.draws = draws
+
+    def forward(self, *inputs: Any) -> Any:
+        """Compute the stretch."""
+        body, parameters = self._parts
+        tensors = tuple(item for item in inputs if isinstance(item, torch.Tensor))
+        settings = inputs[len(tensors) :]
+
+        def run(*given: torch.Tensor) -> Any:
+            return body(*given, *settings)
+
+        return recompute(run, tensors, parameters, self.draws)
+
+
+def computed_inside(program: Program, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """What a stretch computes again: all that depends on the picture, and modules that are read to be called."""
+    return {node for node in nodes if node.meta["moving"] or _is_module(program, node)}
+
+
+def enclose(program: Program, nodes: Sequence[fx.Node]) -> None:
+    """Put one call in the place of some nodes, of which only the last is read by others.
+
+    What they read that does not depend on the picture, weights and products of weights, is handed in.
+    """
+    inside = computed_inside(program, nodes)
+    end = nodes[-1]
+    tensors, settings = _read_from_outside(nodes, inside)
+    graph = fx.Graph()
+    values = {node: graph.placeholder(node.name) for node in (*tensors, *settings)}
+    for node in nodes:
+        if node in inside:
+            values[node] = graph.node_copy(node, lambda item: values[item])
+    graph.output(values[end])
+    called = [node for node in inside if node.op in ("call_module", "get_attr")]
+    modules = [program.root.get_submodule(str(node.target)) for node in called]
+    parameters = [item for module in modules for item in module.parameters() if item.requires_grad]
+    number = sum(isinstance(child, Stretch) for child in program.own.children())
+    body = fx.GraphModule(program.root, graph, f"Stretch{number}")
+    program.own.add_module(f"stretch{number}", Stretch(body, parameters, draws=any(map(_may_draw, inside))))
+    with program.graph.inserting_after(end):
+        call = program.graph.call_module(f"{OWN}.stretch{number}", (*tensors, *settings))
+    program.note(call, end)
+    end.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    for node in reversed(nodes):
+        if node in inside:
+            program.graph.erase_node(node)
+
+
+def _is_module(program: Program, node: fx.Node) -> bool:
+    return node.op == "get_attr" and isinstance(program.value(node), nn.Module)
+
+
+def _may_draw(node: fx.Node) -> bool:
+    """Whether a node may draw random numbers: a module that was not lowered, or a dropout."""
+    return node.op == "call_module" or "dropout" in str(getattr(node.target, "__name__", ""))
+
+
+def _read_from_outside(nodes: Sequence[fx.Node], inside: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What some nodes read that they do not compute: tensors, parameters among them, and all else."""
+    read = dict.fromkeys(source for node in nodes if node in inside for source in node.all_input_nodes)
+    outer = [node for node in read if node not in inside]
+    tensors = [node for node in outer if sizes(node)]
+    return tensors, [node for node in outer if node not in tensors]
