@@ -33,7 +33,7 @@ _TASK = ("val", "val_split", "shots", "augment", "skip_bad", "head_norm", "head_
 # the engine's name of each setting that is an option here
 _SAME_NAME = (
     *("epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "label_smoothing", "mixup", "cutmix", "ema"),
-    *("accumulate", "clip_grad", "keep", "seed", "device", "precision"),
+    *("accumulate", "clip_grad", "keep", "seed", "device", "precision", "memory"),
 )
 _RECIPE = {**{name: name for name in _SAME_NAME}, "compiled": "compile", "save_every": "save_every_seconds"}
 
@@ -69,6 +69,9 @@ def command(
     clip_grad: Annotated[float | None, typer.Option("--clip-grad", help="Largest gradient norm.")] = None,
     keep: Annotated[str | None, typer.Option("--keep", help="best or last weights [best].")] = None,
     compiled: Annotated[bool | None, typer.Option("--compile", help="Run through torch.compile.")] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Kept for backward: plain, fast, low or min; least last [low].")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the whole run [0].")] = None,
     save_every: Annotated[float | None, typer.Option("--save-every", help="Seconds between saves [60].")] = None,
     run_folder: Annotated[

@@ -26,7 +26,6 @@ from cadapt.graph.flatten import compile_graph
 
 Memory = Literal["fast", "low", "min"]
 MEMORIES: tuple[Memory, ...] = get_args(Memory)
-Precision = Literal["fp32", "bf16", "fp16"]
 # multiply–accumulates per kept byte below which memory, not arithmetic, takes a segment's time
 _CHEAP = 10.0
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,7 +63,7 @@ def prepare(
     model: nn.Module,
     *,
     memory: Memory = "low",
-    precision: Precision = "fp32",
+    precision: str = "fp32",
     channels_last: bool = True,
 ) -> Prepared:
     """Prepare an adapted model for training: the same loss and gradients, from less memory and time.
@@ -77,7 +76,7 @@ def prepare(
         model: an adapted model, on the device and in the memory format it will train in.
         memory: ``fast`` computes nothing twice but activations; ``low`` computes also the wide middle of MLPs and
             thin segments again; ``min`` keeps only what enters segments, for about a third more time.
-        precision: what autocast will compute in; frozen weights are cast to it once.
+        precision: fp32, bf16 or fp16, what autocast will compute in; frozen weights are cast to it once.
         channels_last: bring pictures and frozen kernels to that memory format.
 
     Raises:
@@ -87,6 +86,8 @@ def prepare(
         raise UsageError(f"a {type(model).__name__} is no adapted model to prepare", hint="cadapt.insert makes one")
     if memory not in MEMORIES:
         raise UsageError(f"no memory setting '{memory}'", hint=close_matches(memory, MEMORIES))
+    if precision not in ("fp32", *_HALVES):
+        raise UsageError(f"no precision '{precision}'", hint=close_matches(precision, ("fp32", *_HALVES)))
     program = build(model)
     if memory == "min":
         recompute_segments(program)

@@ -25,10 +25,12 @@ from cadapt.data import (
 )
 from cadapt.data.beside import CheckBeside
 from cadapt.errors import RefusedError
+from cadapt.frozen import prepare
 from cadapt.jobs.task import Progress, TaskOptions, Trained, default_workers
 from cadapt.library import base_of, from_bundle, to_bundle
 from cadapt.planning import with_head
 from cadapt.train import Event, FitData, Notice, RunFolder, TrainConfig, fit
+from cadapt.train.protocols import PrepareForward
 from cadapt.train.recorder import versions
 
 if TYPE_CHECKING:
@@ -82,10 +84,30 @@ def train_bundle(
         fit_data = _fit_data(data, model, options, config, processes)
         saver = partial(_save, classes=data.classes, data=data.record, options=options)
         with _all_checked(data.check, tell):
-            result = fit(model, fit_data, config, run=run, on_event=on_event, save_weights=saver)
+            result = fit(
+                model,
+                fit_data,
+                config,
+                run=run,
+                on_event=on_event,
+                save_weights=saver,
+                prepare_forward=_engine(config),
+            )
     model.training_record = _record(data.record, options, {"config": config.to_json(), **result.to_json()})
     trained = sum(item.numel() for item in model.parameters() if item.requires_grad)
     return Trained(bundle=to_bundle(model), result=result, trainable_parameters=trained, data=data.record)
+
+
+def _engine(config: TrainConfig) -> PrepareForward | None:
+    """What trains in the model's place: the same computation, keeping less; None where the run asks for the model."""
+    memory = config.memory
+    if memory == "plain":
+        return None
+
+    def prepare_forward(model: nn.Module, precision: str, /) -> nn.Module:
+        return prepare(model, memory=memory, precision=precision, channels_last=config.channels_last)
+
+    return prepare_forward
 
 
 def _open(options: TaskOptions, seed: int, workers: int | None, on_progress: Progress | None) -> TrainingData:

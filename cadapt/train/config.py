@@ -14,12 +14,14 @@ from typing import Any, Literal
 from cadapt.errors import RefusedError, UsageError, close_matches
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Memory = Literal["plain", "fast", "low", "min"]
+MEMORIES: tuple[Memory, ...] = ("plain", "fast", "low", "min")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KEEPS = ("best", "last")
 
-# A resumed run may change these. ``save_every_seconds`` and ``keep`` leave every number as it is; another device or
-# compilation computes the same in another rounding, and the engine says so in a Notice.
-FREE_AT_RESUME = frozenset({"device", "compile", "save_every_seconds", "keep"})
+# A resumed run may change these. ``save_every_seconds`` and ``keep`` leave every number as it is; another device,
+# compilation or memory setting computes the same in another rounding, and the engine says so in a Notice.
+FREE_AT_RESUME = frozenset({"device", "compile", "memory", "save_every_seconds", "keep"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class TrainConfig:
         accumulate: batches per optimizer step, as if they were one large batch (but for batch statistics).
         seed: of the whole run: each step's randomness comes from (seed, epoch, step) alone.
         compile: run the model through ``torch.compile``.
+        memory: what is kept for backward: ``plain`` leaves it to autograd; ``fast``, ``low`` and ``min`` are those of
+            :func:`cadapt.frozen.prepare`. The numbers differ by rounding only.
         keep: which weights the model holds at the end.
         log_every_steps: optimizer steps per line of ``metrics.jsonl``.
         save_every_seconds: time between saves within an epoch; 0 saves after each step.
@@ -71,6 +75,7 @@ class TrainConfig:
     accumulate: int = 1
     seed: int = 0
     compile: bool = False
+    memory: Memory = "low"
     keep: Literal["best", "last"] = "best"
     log_every_steps: int = 20
     save_every_seconds: float = 60.0
@@ -150,6 +155,7 @@ _RULES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "accumulate": _integer(1),
     "seed": _integer(0),
     "compile": _FLAG,
+    "memory": _one_of(MEMORIES),
     "keep": _one_of(KEEPS),
     "log_every_steps": _integer(1),
     "save_every_seconds": _NOT_NEGATIVE,

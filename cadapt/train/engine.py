@@ -20,7 +20,7 @@ from cadapt.train.config import TrainConfig
 from cadapt.train.events import EpochDone, Event, Notice, RunStarted, Saved, StepDone
 from cadapt.train.folder import RunFolder, prepare
 from cadapt.train.pace import Pace
-from cadapt.train.protocols import FitData, SaveWeights
+from cadapt.train.protocols import FitData, PrepareForward, SaveWeights
 from cadapt.train.randomness import seed_step
 from cadapt.train.result import TrainResult, thinned
 from cadapt.train.schedule import warmup_epochs_of
@@ -41,13 +41,14 @@ def fit(
     run: RunFolder | None = None,
     on_event: Callable[[Event], None] | None = None,
     save_weights: SaveWeights | None = None,
+    prepare_forward: PrepareForward | None = None,
 ) -> TrainResult:
     """Train the parameters of ``model`` that require a gradient, and leave the best (or last) weights in it.
 
     The model is trained in place. It ends on the run's device, in evaluation mode. On one CPU, a run that was killed
-    and resumed ends with the same bits as one that was not, with any number of workers; by another device, torch or
-    ``compile`` it goes on in the same precision, and a Notice says that the rounding is another. SIGINT and SIGTERM
-    end the run after the current step, with everything saved; a second SIGINT ends it at once.
+    and resumed ends with the same bits as one that was not, with any number of workers; by another device, torch,
+    ``compile`` or ``memory`` it goes on in the same precision, and a Notice says that the rounding is another. SIGINT
+    and SIGTERM end the run after the current step, with everything saved; a second SIGINT ends it at once.
 
     Args:
         model: takes images [B, C, H, W] and returns logits [B, classes]; its ``train()`` looks after frozen norms.
@@ -57,6 +58,7 @@ def fit(
         on_event: called with each event, in the training thread.
         save_weights: writes ``best`` and ``last.safetensors`` into the run folder; None writes the tensors that
             training changes, by name.
+        prepare_forward: makes what training runs forward and backward in the model's place; None runs the model.
 
     Raises:
         UsageError: settings, model, data or run folder do not go together.
@@ -66,7 +68,7 @@ def fit(
     """
     if run is not None:
         prepare(run)
-    session = Session(model, data, config, run, save_weights)
+    session = Session(model, data, config, run, save_weights, prepare_forward)
     with StopRequest() as stop, closing(session.recorder):
         return _Loop(session, on_event or _ignore, stop).run()
 

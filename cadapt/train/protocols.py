@@ -34,6 +34,14 @@ class SaveWeights(Protocol):
         ...
 
 
+class PrepareForward(Protocol):
+    """Makes the module that training runs in the model's place: the same computation over the same parameters."""
+
+    def __call__(self, model: nn.Module, precision: str, /) -> nn.Module:
+        """Prepare a model that is on its device, in training mode; the precision is a resolved one."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitData:
     """What to train on.

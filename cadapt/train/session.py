@@ -20,7 +20,7 @@ from cadapt.train.folder import RunFolder, write_record
 from cadapt.train.hardware import describe_device, resolve_device
 from cadapt.train.ledger import Ledger
 from cadapt.train.meter import Meter
-from cadapt.train.protocols import FitData, SaveWeights
+from cadapt.train.protocols import FitData, PrepareForward, SaveWeights
 from cadapt.train.randomness import random_state, restore_random_state
 from cadapt.train.recorder import Recorder, versions
 from cadapt.train.schedule import schedule_of
@@ -36,7 +36,7 @@ class Session:
 
     Args:
         model: moved to the device, and put into training mode.
-        data, config, run, save_weights: as given to ``fit``.
+        data, config, run, save_weights, prepare_forward: as given to ``fit``.
 
     ``notices`` are what the user should read before the run goes on.
 
@@ -52,6 +52,7 @@ class Session:
         config: TrainConfig,
         run: RunFolder | None,
         save_weights: SaveWeights | None,
+        prepare_forward: PrepareForward | None = None,
     ) -> None:
         self.data, self.config, self.run = data, config, run
         self._save_weights = save_weights
@@ -67,8 +68,15 @@ class Session:
         self.schedule = schedule_of(config, self.steps)
         self.learnt = Learnt(self.model)
         classes = len(data.classes)
+        forward = self.model if prepare_forward is None else prepare_forward(self.model, self.precision)
         self.stepper = Stepper(
-            self.model, self.learnt, config, class_count=classes, device=self.device, precision=self.precision
+            self.model,
+            self.learnt,
+            config,
+            class_count=classes,
+            device=self.device,
+            precision=self.precision,
+            forward=forward,
         )
         self.ledger = Ledger()
         self.epoch_meter, self.interval_meter = Meter(self.device), Meter(self.device)
@@ -169,6 +177,7 @@ class Session:
         return {
             "device": describe_device(self.device),
             "compile": self.config.compile,
+            "memory": self.config.memory,
             "torch": str(torch.__version__),
         }
 

@@ -41,6 +41,7 @@ class Stepper:
         config: the run's settings.
         class_count: number of classes, for mixup's soft targets.
         device, precision: resolved ones.
+        forward: what is run in the model's place, if it is not the model itself.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Stepper:
         class_count: int,
         device: torch.device,
         precision: str,
+        forward: nn.Module | None = None,
     ) -> None:
-        self._forward: Any = torch.compile(model) if config.compile else model
+        run = model if forward is None else forward
+        self._forward: Any = torch.compile(run) if config.compile else run
         self._learnt = learnt
         self._config = config
         self._device = device
