@@ -131,8 +131,9 @@ class _Packed:
     """Stands for one tensor that autograd keeps; it lives as long as the graph node that keeps it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        # detached, for a node that kept its own output through us would never be freed
-        self.tensor = tensor.detach()
+        # detached, for a node that kept its own output through us would never be freed; but the state of a random
+        # generator, which recomputation keeps, is no fake tensor, and no operator takes it here
+        self.tensor = tensor.detach() if tensor.requires_grad else tensor
 
 
 class _Kept:

@@ -11,6 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from cadapt.costing import count_activations, measure_step
 from cadapt.errors import CadaptError
+from cadapt.frozen import Memory, prepare
+from cadapt.frozen.prepare import Precision
+from cadapt.meta import meta_copy
 from cadapt.plan import Plan
 from tests.contract.cases import adapt, planned
 from tests.models import BASES, input_side, make_images
@@ -54,6 +57,24 @@ def test_activations_are_what_autograd_saves(trait: str, scheme: str) -> None:
 
 def layers() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(48, 32, bias=False), nn.ReLU(), nn.Linear(32, 2, bias=False))
+
+
+@pytest.mark.parametrize("trait", BASES)
+def test_what_the_engine_keeps_is_foretold_from_a_twin(trait: str) -> None:
+    side = input_side(trait)
+    cases: tuple[tuple[str, int, Precision, Memory], ...]
+    cases = (("conv-par", 5, "fp32", "low"), ("full", 2, "bf16", "low"), ("lora", 2, "fp32", "min"))
+    for scheme, batch, precision, memory in cases:
+        if not isinstance(planned(trait, scheme), Plan):
+            continue
+        model = adapt(trait, scheme, classes=7)[2].train()
+        twin = prepare(meta_copy(model), memory=memory, precision=precision)
+        counted = count_activations(twin, (3, side, side), batch=batch, precision=precision, channels_last=True)
+        engine = prepare(model, memory=memory, precision=precision)
+        saved = saved_by_autograd(engine, make_images(trait, batch), precision)
+        assert counted == pytest.approx(saved, rel=TOLERANCES[precision]), scheme
+        step = measure_step(twin, (3, side, side), batch=batch, precision=precision, channels_last=True)
+        assert step.activations == counted < step.highest
 
 
 def test_a_step_by_hand() -> None:
