@@ -48,6 +48,8 @@ class Prepared(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits."""
+        # what the model's own forward asks of its mode is asked of the root, whoever set the mode
+        self.root.training = self._model[0].training
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         return self._run(self.root, x)
