@@ -28,7 +28,7 @@ def may_overwrite(program: Program, node: Any) -> bool:
 
 def add_into(sink: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return the sum, in the memory of ``sink`` where it has the sum's dtype and shape."""
-    fits = torch.result_type(sink, other) == sink.dtype and sink.shape == other.shape
+    fits = torch.promote_types(sink.dtype, other.dtype) == sink.dtype and sink.shape == other.shape
     if fits and not (sink.is_leaf and sink.requires_grad):
         return sink.add_(other)
     return sink + other
