@@ -28,7 +28,7 @@ def find_activation(program: Program, node: fx.Node) -> str | None:
     module = program.module(node)
     if module is None:
         return _of_function(name, node)
-    if any(True for _ in module.children()) or any(True for _ in module.parameters()) or _is_hooked(module):
+    if any(True for _ in module.children()) or any(True for _ in module.parameters()) or is_hooked(module):
         return None  # a norm with an activation in it, or a learned one
     return _approximated(name, vars(module))
 
@@ -45,5 +45,7 @@ def _approximated(name: str, settings: Mapping[str, Any]) -> str:
     return "gelu_tanh" if name == "gelu" and settings.get(_APPROXIMATE) == "tanh" else name
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to see or change what goes through a module, forward or backward."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)

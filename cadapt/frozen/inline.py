@@ -1,6 +1,7 @@
 """Open the adapters: their own operations take the place of the one call, so that the passes can see them.
 
-An adapter whose code does not trace, or asks for its mode, stays one call; autograd then treats it as it always did.
+An adapter whose code does not trace, that asks for its mode or has hooks, stays one call; autograd then treats it as it
+always did.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from cadapt.adapted import ADAPTERS
+from cadapt.frozen.activations import is_hooked
 from cadapt.frozen.program import Program
 from cadapt.graph.modes import reads_training
 
@@ -22,7 +24,7 @@ class _AdapterTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether a module call becomes one node."""
         own = type(m).__module__.startswith("cadapt.") and not reads_training(type(m))
-        return not (own or type(m) is nn.Sequential)
+        return is_hooked(m) or not (own or type(m) is nn.Sequential)
 
 
 def inline_adapters(program: Program) -> None:

@@ -23,7 +23,7 @@ from cadapt.frozen.functions.pooling import avg_pool2d_lean, max_pool2d_lean
 from cadapt.frozen.functions.relu import relu_bits, relu_result
 from cadapt.frozen.lowering import activate, affine
 from cadapt.frozen.overwriting import may_overwrite
-from cadapt.frozen.program import Program, sizes
+from cadapt.frozen.program import Program, is_plain_layer, sizes
 
 # these keep their result, which no one can compute more cheaply from less
 _KEEP_RESULT = frozenset({"relu", "relu6", "sigmoid", "tanh"})
@@ -34,7 +34,7 @@ def choose_kept(program: Program) -> None:
     """Put the lean form of each operation in its place."""
     for node in list(program.graph.nodes):
         rule = _RULES.get(node.target) if node.op == "call_function" else None
-        if rule is not None:
+        if rule is not None and not node.kwargs:
             rule(program, node)
 
 
@@ -89,8 +89,10 @@ def recomputed_from(node: Any) -> tuple[fx.Node, str] | None:
 
 
 def _keep_of_conv(program: Program, node: fx.Node) -> None:
-    x, weight, bias = node.args[:3]
-    if not node.meta["live"] or (isinstance(weight, fx.Node) and weight.meta["moving"]):
+    if not node.meta["live"] or not is_plain_layer(node):
+        return
+    x, weight = node.args[:2]
+    if isinstance(weight, fx.Node) and weight.meta["moving"]:
         return
     if _is_frozen(weight):
         _call(node, frozen_conv2d, *node.args)
@@ -100,8 +102,10 @@ def _keep_of_conv(program: Program, node: fx.Node) -> None:
 
 
 def _keep_of_linear(program: Program, node: fx.Node) -> None:
-    x, weight, bias = (*node.args, None)[:3]
-    if not node.meta["live"] or (isinstance(weight, fx.Node) and weight.meta["moving"]):
+    if not node.meta["live"] or not is_plain_layer(node):
+        return
+    x, weight, bias = node.args
+    if isinstance(weight, fx.Node) and weight.meta["moving"]:
         return
     if _is_frozen(weight):
         _call(node, frozen_linear, x, weight, bias)

@@ -20,7 +20,7 @@ from timm.layers import padding as timm_padding
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from cadapt.frozen.activations import find_activation
+from cadapt.frozen.activations import find_activation, is_hooked
 from cadapt.frozen.functions.elementwise import RECOMPUTABLE
 from cadapt.frozen.program import Program, sizes
 from cadapt.graph.convs import is_conv
@@ -87,7 +87,7 @@ def _read_call(program: Program, node: fx.Node) -> _Call | None:
     else:
         return None
     module, x = program.root.get_submodule(path), arguments[-1]
-    if not isinstance(x, fx.Node) or module._forward_hooks or module._forward_pre_hooks:
+    if not isinstance(x, fx.Node) or is_hooked(module):
         return None
     return _Call(node=node, path=path, module=module, deltas=deltas, x=x)
 
@@ -166,7 +166,9 @@ def _lower_linear(program: Program, call: _Call) -> None:
 def _lower_batch_norm(program: Program, call: _Call) -> None:
     """γ (x − μ) / √(σ² + ε) + β as one affine, where statistics and γ are frozen; a learned δ of β joins the shift."""
     norm: Any = call.module
-    mutable = norm.training or norm.running_mean is None or norm.weight is None
+    # by the plan, not by the mode alone, which may be another when the program runs
+    mutable = norm.training or program.model.plan.bn_policy == "train" or norm.running_mean is None
+    mutable = mutable or norm.weight is None
     own = [item for name, item in norm.named_parameters(recurse=False) if name in ("weight", "bias")]
     if mutable or any(item.requires_grad for item in own) or set(call.deltas) - {"bias"}:
         return

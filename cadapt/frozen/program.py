@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from cadapt.adapted import AdaptedModel
 from cadapt.graph.modes import is_mode
-from cadapt.graph.operators import shape_of
+from cadapt.graph.operators import mutates_input, shape_of
 from cadapt.graph.trace import record_shapes
 
 OWN = "engine"
@@ -175,8 +176,14 @@ class Program:
     def clean(self) -> None:
         """Take out what nothing reads any more."""
         for node in reversed(self.graph.nodes):
-            if not node.users and node.op not in ("placeholder", "output") and _is_pure(node):
+            if not node.users and node.op not in ("placeholder", "output") and self._is_pure(node):
                 self.graph.erase_node(node)
+
+    def _is_pure(self, node: fx.Node) -> bool:
+        # a call of a module may change its buffers, an assertion is there to fail, and what overwrites a view of a
+        # tensor is called for its effect
+        plain = node.op in ("get_attr", "call_function", "call_method") and node.target is not torch._assert
+        return plain and not (node.all_input_nodes and mutates_input(node, self.root))
 
     def settle(self) -> None:
         """Forget what nothing reads any more, and the unrounded values."""
@@ -203,11 +210,12 @@ def readers(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if not (user.target is getattr or user.target in ("size", "dim"))]
 
 
+def is_plain_layer(node: fx.Node) -> bool:
+    """Whether a conv or linear layer has all its arguments in their places, as lowering writes them."""
+    places = 7 if node.target is F.conv2d else 3 if node.target is F.linear else 0
+    return not node.kwargs and len(node.args) == places
+
+
 def _get(root: nn.Module, target: str) -> Any:
     path, _, name = target.rpartition(".")
     return getattr(root.get_submodule(path), name)
-
-
-def _is_pure(node: fx.Node) -> bool:
-    # a call of a module may change its buffers, and an assertion is there to fail
-    return node.op in ("get_attr", "call_function", "call_method") and node.target is not torch._assert

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from cadapt.frozen.program import Program, readers, sizes
+from cadapt.frozen.program import Program, is_plain_layer, readers, sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,9 @@ def can_absorb(program: Program, node: Any, dim: int, *, learned: bool) -> bool:
         learned: whether the factor trains. A frozen layer must not take such a one up: its gradient would need that of
             the whole weight.
     """
-    if not isinstance(node, fx.Node) or len(readers(node)) != 1 or not node.meta["moving"]:
+    if not isinstance(node, fx.Node) or len(readers(node)) != 1 or not node.meta["moving"] or node.kwargs:
+        return False
+    if node.target in (F.conv2d, F.linear) and not is_plain_layer(node):
         return False
     if node.target is F.conv2d:
         return dim == 1 and _takes(program, node.args[1], learned)
