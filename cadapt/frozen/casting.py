@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import fx
@@ -9,17 +12,40 @@ from torch import fx
 from cadapt.frozen.functions.conv import frozen_conv2d
 from cadapt.frozen.functions.linear import frozen_linear
 from cadapt.frozen.program import Program
+from cadapt.frozen.stretches import Stretch
+
+_LAYERS = (F.conv2d, F.linear, frozen_conv2d, frozen_linear)
 
 
 def cast_frozen_weights(program: Program, dtype: torch.dtype) -> None:
-    """Hold each frozen weight and bias that only layers of the autocast list read in a half precision."""
-    for node in program.nodes(F.conv2d, F.linear, frozen_conv2d, frozen_linear):
-        arguments = list(node.args)
-        for place in (1, 2):
-            item = arguments[place] if place < len(arguments) else None
-            if isinstance(item, fx.Node) and program.is_constant(item):
-                arguments[place] = program.hold(program.value(item).detach().to(dtype))
-        node.args = tuple(arguments)
+    """Hold each frozen weight and bias that a layer of the autocast list reads in a half precision.
+
+    A stretch is handed the weights of its layers: those that only such layers read there are held likewise.
+    """
+    for node in list(program.graph.nodes):
+        module = program.module(node)
+        if node.target in _LAYERS:
+            places = {place for place in (1, 2) if place < len(node.args)}
+        elif isinstance(module, Stretch):
+            places = {
+                place for place, inner in enumerate(module.inputs) if all(map(_weights, inner.users, repeat(inner)))
+            }
+        else:
+            continue
+        node.args = tuple(
+            _cast(program, item, dtype) if place in places else item for place, item in enumerate(node.args)
+        )
+
+
+def _weights(layer: fx.Node, node: fx.Node) -> bool:
+    """Whether a node is nothing but a layer's weight or bias."""
+    return layer.target in _LAYERS and node in layer.args[1:3] and layer.args[0] is not node
+
+
+def _cast(program: Program, item: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(item, fx.Node) or not program.is_constant(item):
+        return item
+    return program.hold(program.value(item).detach().to(dtype))
 
 
 def evaluate_constants(program: Program) -> None:

@@ -18,12 +18,13 @@ from cadapt.frozen.lowering import affine
 from cadapt.frozen.program import Program, readers, sizes
 
 _CONVS = (F.conv2d, frozen_conv2d)
-_FRESH = (*_CONVS, lean_affine, affine, torch.add)
+FRESH = (*_CONVS, lean_affine, affine, torch.add)
+"""What gives a tensor of its own, and keeps nothing of it."""
 
 
 def may_overwrite(program: Program, node: Any) -> bool:
     """Whether the one that reads a tensor may compute into its memory."""
-    return isinstance(node, fx.Node) and node.target in _FRESH and len(readers(node)) == 1 and node.meta["moving"]
+    return isinstance(node, fx.Node) and node.target in FRESH and len(readers(node)) == 1 and node.meta["moving"]
 
 
 def add_into(sink: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

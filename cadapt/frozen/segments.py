@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.autograd.graph import saved_tensors_hooks
 
 from cadapt.frozen.functions.relu import relu_bits, relu_result
-from cadapt.frozen.overwriting import add_into
+from cadapt.frozen.overwriting import FRESH, add_into
 from cadapt.frozen.program import Program, sizes
 from cadapt.frozen.stretches import computed_inside, enclose
 from cadapt.graph.flow import immediate_dominators, mark_flow
+from cadapt.graph.operators import may_alias, mutates_input
 from cadapt.meta import meta_copy
 
 _THRESHOLDS = 24
@@ -31,7 +33,8 @@ _BATCH = 2
 class _Span:
     """Nodes behind ``start`` up to ``end``, by their places in the graph, and the bytes of either choice.
 
-    ``is_whole``: nothing in between is read behind ``end``, and something is kept.
+    ``is_whole``: nothing in between is read behind ``end``, nothing overwrites what is read from before, and something
+    is kept.
     """
 
     first: int
@@ -99,9 +102,9 @@ def _choose(
 ) -> list[_Span]:
     """The spans whose recomputation leaves least: what is kept in all, and the most that one keeps for a while."""
     cuts = _cuts(program, nodes)
-    ends = _last_reads(program, nodes)
+    ends, overwritten = _last_reads(program, nodes), _overwritten(program, nodes)
     spans = {
-        (first, last): _measure(program, nodes, kept, cuts[first], cuts[last], ends)
+        (first, last): _measure(program, nodes, kept, cuts[first], cuts[last], ends, overwritten)
         for first in range(len(cuts))
         for last in range(first + 1, len(cuts))
     }
@@ -142,11 +145,12 @@ def _measure(
     start: int,
     end: int,
     ends: Sequence[int],
+    overwritten: Sequence[float],
 ) -> _Span:
     inner: dict[int, int] = {}
     for index in range(start + 1, end + 1):
         inner.update(kept[index])
-    whole = all(last <= end for last in ends[start + 1 : end])
+    whole = all(last <= end for last in ends[start + 1 : end]) and min(overwritten[start + 1 : end + 1]) > start
     size = math.prod(sizes(nodes[start])) * program.dtype.itemsize
     return _Span(
         first=start + 1,
@@ -183,14 +187,28 @@ def _cuts(program: Program, nodes: Sequence[fx.Node]) -> list[int]:
     found = []
     node = output if isinstance(output, fx.Node) else None
     while node is not None:
-        if not any(_overwrites(user, node) for user in node.users):
+        if sizes(node):  # pieces of a tensor in a tuple would not be seen by autograd
             found.append(place[node])
         node = dominators.get(node)
     return found[::-1]
 
 
-def _overwrites(user: fx.Node, node: fx.Node) -> bool:
-    if user.target is add_into:
-        return user.args[0] is node
-    in_place = user.target in (relu_bits, relu_result, torch.nn.functional.relu)
-    return in_place and len(user.args) > 1 and user.args[1] is True
+def _overwritten(program: Program, nodes: Sequence[fx.Node]) -> list[float]:
+    """For each node the place of the one whose memory it overwrites; infinite where it overwrites nothing."""
+    place = {node: index for index, node in enumerate(nodes)}
+    return [place[_memory(program, node)] if _overwrites(program, node) else math.inf for node in nodes]
+
+
+def _overwrites(program: Program, node: fx.Node) -> bool:
+    if not node.all_input_nodes:
+        return False
+    in_place = node.target in (relu_bits, relu_result, F.relu) and True in node.args[1:]
+    return in_place or node.target is add_into or mutates_input(node, program.root)
+
+
+def _memory(program: Program, node: fx.Node) -> fx.Node:
+    """The node that made the memory which a node's first argument lies in, or one before it where that is not known."""
+    source = node.all_input_nodes[0]
+    while source.all_input_nodes and source.target not in FRESH and may_alias(source, program.root):
+        source = source.all_input_nodes[0]
+    return source

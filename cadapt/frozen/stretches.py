@@ -10,10 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
+from torch.func import functional_call
 
 from cadapt.frozen.functions.recompute import recompute
-from cadapt.frozen.program import OWN, Program, sizes
+from cadapt.frozen.program import OWN, Program
+from cadapt.graph.operators import function_name, shape_of
+
+# in the names of functions that draw
+_DRAWING = ("drop", "rand", "bernoulli", "normal_", "uniform", "rrelu", "multinomial", "exponential_", "gumbel")
 
 
 class Stretch(nn.Module):
@@ -25,14 +31,25 @@ class Stretch(nn.Module):
         self._parts = (body, tuple(parameters))
         self.draws = draws
 
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The nodes inside that stand for what the stretch is handed, in order."""
+        return [node for node in self._parts[0].graph.nodes if node.op == "placeholder"]
+
     def forward(self, *inputs: Any) -> Any:
         """Compute the stretch."""
         body, parameters = self._parts
         tensors = tuple(item for item in inputs if isinstance(item, torch.Tensor))
         settings = inputs[len(tensors) :]
 
+        runs = 0
+
         def run(*given: torch.Tensor) -> Any:
-            return body(*given, *settings)
+            nonlocal runs
+            runs += 1
+            # a batch norm that trains counts a batch once: the second run moves copies of its statistics
+            copies = {name: item.clone() for name, item in body.named_buffers()} if runs > 1 else {}
+            return functional_call(body, copies, (*given, *settings)) if copies else body(*given, *settings)
 
         return recompute(run, tensors, parameters, self.draws)
 
@@ -76,13 +93,16 @@ def _is_module(program: Program, node: fx.Node) -> bool:
 
 
 def _may_draw(node: fx.Node) -> bool:
-    """Whether a node may draw random numbers: a module that was not lowered, or a dropout."""
-    return node.op == "call_module" or "dropout" in str(getattr(node.target, "__name__", ""))
+    """Whether a node may draw random numbers: a module that was not lowered, or a function that has it in its name."""
+    name = function_name(node)
+    if node.target is F.scaled_dot_product_attention:
+        return len(node.args) > 4 or node.kwargs.get("dropout_p") not in (None, 0, 0.0)
+    return node.op == "call_module" or any(part in name for part in _DRAWING)
 
 
 def _read_from_outside(nodes: Sequence[fx.Node], inside: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """What some nodes read that they do not compute: tensors, parameters among them, and all else."""
     read = dict.fromkeys(source for node in nodes if node in inside for source in node.all_input_nodes)
     outer = [node for node in read if node not in inside]
-    tensors = [node for node in outer if sizes(node)]
+    tensors = [node for node in outer if shape_of(node) is not None]  # a number in a tensor may train, too
     return tensors, [node for node in outer if node not in tensors]
