@@ -68,7 +68,7 @@ def test_the_fewest_parts_that_fit(free: Free) -> None:
     # the truth, tried out: every number of parts of 64 images, gradients kept between them
     sizes = {parts: needed(forecast(model, setting(-(-64 // parts), parts))) for parts in range(1, 8)}
     room = (sizes[3] + sizes[2]) // 2
-    free(int(room / 0.9))
+    free(int(room / 0.8))
     first = forecast(model, setting(64))
     assert first.fits is False
     found = fitting_batch(model, setting(64), first)
@@ -80,7 +80,7 @@ def test_the_fewest_parts_that_fit(free: Free) -> None:
 def test_batches_that_are_accumulated_already(free: Free) -> None:
     free(None)
     model = net()
-    free(int(needed(forecast(model, setting(16, 8))) / 0.9) + 100)
+    free(int(needed(forecast(model, setting(16, 8))) / 0.8) + 100)
     found = fitting_batch(model, setting(64, 2), forecast(model, setting(64, 2)))
     assert found is not None
     assert (found.batch_size, found.accumulate) == (16, 8)

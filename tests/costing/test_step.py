@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from cadapt.costing import count_activations, measure_step
 from cadapt.errors import CadaptError
 from cadapt.frozen import Memory, prepare
-from cadapt.frozen.prepare import Precision
 from cadapt.meta import meta_copy
 from cadapt.plan import Plan
 from tests.contract.cases import adapt, planned
@@ -62,7 +61,7 @@ def layers() -> nn.Sequential:
 @pytest.mark.parametrize("trait", BASES)
 def test_what_the_engine_keeps_is_foretold_from_a_twin(trait: str) -> None:
     side = input_side(trait)
-    cases: tuple[tuple[str, int, Precision, Memory], ...]
+    cases: tuple[tuple[str, int, Literal["fp32", "bf16"], Memory], ...]
     cases = (("conv-par", 5, "fp32", "low"), ("full", 2, "bf16", "low"), ("lora", 2, "fp32", "min"))
     for scheme, batch, precision, memory in cases:
         if not isinstance(planned(trait, scheme), Plan):
