@@ -16,6 +16,7 @@ from cadapt.frozen.functions.conv import frozen_conv2d
 from cadapt.frozen.functions.elementwise import activation
 from cadapt.frozen.functions.linear import frozen_linear
 from cadapt.frozen.functions.norm import frozen_layer_norm
+from cadapt.frozen.functions.relu import relu_result
 from cadapt.frozen.keeping import conv2d_behind, linear_behind, mul_behind
 from cadapt.frozen.program import Program, readers, sizes
 from cadapt.frozen.stretches import enclose
@@ -30,7 +31,7 @@ def recompute_expansions(program: Program) -> None:
     program.measure()
     for node in program.nodes(activation):
         layer: Any = node.args[1]
-        if not _widens(layer) or len(readers(layer)) > 1 or not _is_dropped(node):
+        if not _widens(layer) or len(layer.users) > 1 or not _is_dropped(node):
             continue
         inner: list[fx.Node] = [layer, node]
         source: Any = layer.args[0]
@@ -40,6 +41,20 @@ def recompute_expansions(program: Program) -> None:
         while inner[0].target in _ARRANGING:  # these cost nothing to keep
             inner.pop(0)
         enclose(program, inner)
+    program.clean()
+
+
+def recompute_bottlenecks(program: Program) -> None:
+    """Compute what is in the middle of an adapter again, from the input that its first layer keeps anyway."""
+    program.measure()
+    for node in program.nodes(conv2d_behind, linear_behind):
+        middle: Any = node.args[0]
+        if not isinstance(middle, fx.Node) or middle.target not in (activation, relu_result):
+            continue
+        first = next(item for item in middle.args if isinstance(item, fx.Node))
+        begins = first.target in (conv2d_behind, linear_behind) and first.args[0] is first.args[1]
+        if begins and set(first.users) <= {middle, node} and set(middle.users) == {node}:
+            enclose(program, [first, middle, node])
     program.clean()
 
 
@@ -58,4 +73,4 @@ def _is_dropped(node: fx.Node) -> bool:
 def _is_passed_through(node: Any) -> bool:
     """Whether a node is a norm of its input, or a view, that only the layer behind it reads."""
     known = isinstance(node, fx.Node) and (node.target is frozen_layer_norm or node.target in _ARRANGING)
-    return bool(known and node.meta["live"] and len(readers(node)) == 1)
+    return bool(known and node.meta["live"] and len(node.users) == 1)

@@ -6,6 +6,7 @@ model's parameters moves both, and nothing of it is in any file.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from cadapt.adapted import AdaptedModel
 from cadapt.errors import UsageError, close_matches
 from cadapt.frozen.casting import cast_frozen_weights, evaluate_constants
-from cadapt.frozen.expansions import recompute_expansions
+from cadapt.frozen.expansions import recompute_bottlenecks, recompute_expansions
 from cadapt.frozen.folding import fold_frozen_scales, fold_learned_scales, fold_norms
 from cadapt.frozen.inline import inline_adapters
 from cadapt.frozen.keeping import choose_kept
@@ -91,11 +92,10 @@ def prepare(
     if precision not in ("fp32", *_HALVES):
         raise UsageError(f"no precision '{precision}'", hint=close_matches(precision, ("fp32", *_HALVES)))
     program = build(model)
-    if memory == "min":
-        recompute_segments(program)
-    elif memory == "low":
-        recompute_segments(program, most_macs=_CHEAP)
+    if memory != "fast":
+        recompute_segments(program, most_macs=_CHEAP if memory == "low" else math.inf)
         recompute_expansions(program)
+        recompute_bottlenecks(program)
     if precision in _HALVES:
         cast_frozen_weights(program, _HALVES[precision])
     program.settle()

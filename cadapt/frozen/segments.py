@@ -1,14 +1,14 @@
 """Choose segments to compute again in backward, keeping what enters each (Chen et al., arXiv 1604.06174).
 
 Segments run between nodes that all paths pass, such as the sums that close residual blocks. What each would keep is
-measured on a run without data; then those ends are chosen for which the tensors kept in all, and the most that any one
-span keeps while it is computed again, are least together. A span that keeps no more than its input stays as it is.
+measured on a run without data; then those ends are chosen for which the most that is held at any time is least: what
+the segments before keep, and what the one that runs keeps and works with.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,11 @@ from cadapt.graph.flow import immediate_dominators, mark_flow
 from cadapt.graph.operators import may_alias, mutates_input
 from cadapt.meta import meta_copy
 
-_THRESHOLDS = 24
+_HALVINGS = 20
+# how much more than the least peak is put up with to keep less
+_SLACK = 1.2
+# maps that an operation holds at a time beside what is kept: what it reads, what it gives, and a gradient
+_WORKING_MAPS = 3
 _BATCH = 2
 
 
@@ -41,6 +45,7 @@ class _Span:
     last: int
     input_bytes: int
     inner_bytes: int
+    working_bytes: int
     macs: int
     is_whole: bool
 
@@ -112,30 +117,48 @@ def _choose(
         key: replace(item, is_whole=item.is_whole and item.macs <= most_macs * item.inner_bytes)
         for key, item in spans.items()
     }
-    largest = sorted({item.inner_bytes for item in spans.values()})
-    step = max(1, len(largest) // _THRESHOLDS)
-    best: tuple[float, list[_Span]] = (math.inf, [])
-    for limit in {0, *largest[::step]}:
-        total, chosen = _least_kept(len(cuts), spans, limit)
-        total += max((item.inner_bytes for item in chosen), default=0)
-        if total < best[0]:
-            best = total, chosen
-    return best[1]
+    unchanged = {key: replace(item, is_whole=False) for key, item in spans.items()}
+    high = _peak_of(len(cuts), unchanged)
+    if most_macs < math.inf:
+        found = _least_kept(len(cuts), spans, high)
+        return [] if found is None else found[1]
+    low = 0.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _least_kept(len(cuts), spans, middle) is None else (low, middle)
+    found = _least_kept(len(cuts), spans, _SLACK * high)
+    return [] if found is None else found[1]
 
 
-def _least_kept(count: int, spans: dict[tuple[int, int], _Span], limit: int) -> tuple[float, list[_Span]]:
-    """The cover of all cuts that keeps least, where no recomputed span holds more than a limit at a time."""
-    best: list[tuple[float, list[_Span]]] = [(0.0, [])]
+def _peak_of(count: int, spans: Mapping[tuple[int, int], _Span]) -> float:
+    """The most that is held at a time where nothing is computed again."""
+    before, peak = 0.0, 0.0
+    for last in range(1, count):
+        span = spans[last - 1, last]
+        before += span.inner_bytes
+        peak = max(peak, before + span.working_bytes)
+    return peak
+
+
+def _least_kept(count: int, spans: Mapping[tuple[int, int], _Span], limit: float) -> tuple[float, list[_Span]] | None:
+    """The cover of all cuts that keeps least and never holds more than a limit; None where no cover does.
+
+    While a span is run, what the ones before it keep is held, and what it keeps itself and works with.
+    """
+    best: list[tuple[float, list[_Span]] | None] = [(0.0, [])]
     for last in range(1, count):
         options: list[tuple[float, list[_Span]]] = []
         for first in range(last):
-            span, (before, chosen) = spans[first, last], best[first]
-            if last == first + 1:
+            span, earlier = spans[first, last], best[first]
+            if earlier is None:
+                continue
+            before, chosen = earlier
+            if last == first + 1 and before + span.inner_bytes + span.working_bytes <= limit:
                 options.append((before + span.inner_bytes, chosen))
-            if span.is_whole and span.inner_bytes <= limit:
+            if span.is_whole and before + span.input_bytes + span.inner_bytes + span.working_bytes <= limit:
                 options.append((before + span.input_bytes, [*chosen, span]))
-        best.append(min(options, key=lambda option: option[0]))
-    return best[-1] if best else (0.0, [])
+        best.append(min(options, key=lambda option: option[0], default=None))
+    return best[-1]
 
 
 def _measure(
@@ -152,11 +175,13 @@ def _measure(
         inner.update(kept[index])
     whole = all(last <= end for last in ends[start + 1 : end]) and min(overwritten[start + 1 : end + 1]) > start
     size = math.prod(sizes(nodes[start])) * program.dtype.itemsize
+    widest = max(math.prod(sizes(node)) for node in nodes[start : end + 1] if node.meta["moving"])
     return _Span(
         first=start + 1,
         last=end,
         input_bytes=size,
         inner_bytes=sum(inner.values()),
+        working_bytes=_WORKING_MAPS * widest * program.dtype.itemsize,
         macs=sum(map(_macs, nodes[start + 1 : end + 1])),
         is_whole=whole and bool(inner),
     )
