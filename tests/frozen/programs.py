@@ -79,7 +79,7 @@ def running(program: Program) -> Run:
 
 
 def results(run: Run, model: AdaptedModel, x: Tensor) -> dict[str, Tensor]:
-    """What a run gives, and the gradients of a loss that reaches every logit: of all that trains and of the pictures."""
+    """What a run gives, and the gradients of a loss on every logit: of all that trains, and of the pictures."""
     named = {name: item for name, item in model.named_parameters() if item.requires_grad}
     y = run(x)
     loss = (y * torch.linspace(-1.0, 2.0, y.numel(), dtype=y.dtype).view_as(y)).sum() + y.square().mean()
