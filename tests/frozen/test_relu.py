@@ -1,5 +1,6 @@
 """ReLUs that keep one bit per element: bit for bit what torch's give, in every dtype and order of memory."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,16 +82,28 @@ def test_many_pieces(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(relu_bits, F.relu, (x,), 0)
 
 
-def test_packed_by_shifts_as_by_numpy() -> None:
+@pytest.mark.parametrize("shape", [(3, 5, 7), (16, 4), (1,), (0, 3), (4, 3, 5, 2)])
+def test_packed_by_words_as_by_numpy(shape: tuple[int, ...]) -> None:
     """What other devices do, run on the CPU."""
-    x, grad = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
+    x, grad = torch.randn(shape), torch.randn(shape)
+    count, strides = x.numel(), list(grad.stride())
     packed = bits.positive_bits(x)
-    assert torch.equal(bits._positive_bits_shifts(x)[:-1], packed[:-1])
-    assert torch.equal(bits._inside_bits_shifts(x, -1, 1), bits.inside_bits(x, -1, 1))
-    strides = list(grad.stride())
-    assert torch.equal(
-        bits._masked_gradient_shifts(grad, packed, strides), torch.ops.aten.threshold_backward(grad, x, 0)
-    )
+    # whatever fills the last byte is cut off again
+    for ours, reference in (
+        (bits._positive_bits_words(x), packed),
+        (bits._inside_bits_words(x, -1, 1), bits.inside_bits(x, -1, 1)),
+    ):
+        pairs = [np.unpackbits(item.numpy(), count=count).tolist() for item in (ours, reference)]
+        assert ours.shape == reference.shape
+        assert pairs[0] == pairs[1]
+    expected = torch.ops.aten.threshold_backward(grad, x, 0)
+    assert torch.equal(bits._masked_gradient_words(grad, packed, strides), expected)
+
+
+def test_every_byte_is_unpacked() -> None:
+    packed = torch.arange(256, dtype=torch.uint8)
+    ours = bits._masked_gradient_words(torch.ones(2048), packed, [1])
+    assert ours.tolist() == np.unpackbits(packed.numpy()).tolist()
 
 
 def test_bits_stand_in_the_order_of_numpy() -> None:
