@@ -27,9 +27,7 @@ def cast_frozen_weights(program: Program, dtype: torch.dtype) -> None:
         if node.target in _LAYERS:
             places = {place for place in (1, 2) if place < len(node.args)}
         elif isinstance(module, Stretch):
-            places = {
-                place for place, inner in enumerate(module.inputs) if all(map(_weights, inner.users, repeat(inner)))
-            }
+            places = _weight_places(module)
         else:
             continue
         node.args = tuple(
@@ -37,9 +35,17 @@ def cast_frozen_weights(program: Program, dtype: torch.dtype) -> None:
         )
 
 
-def _weights(layer: fx.Node, node: fx.Node) -> bool:
-    """Whether a node is nothing but a layer's weight or bias."""
-    return layer.target in _LAYERS and node in layer.args[1:3] and layer.args[0] is not node
+def _weight_places(stretch: Stretch) -> set[int]:
+    """Which of a stretch's arguments only layers read there, and stretches within, as weights and biases."""
+
+    def reads_weight(reader: fx.Node, node: fx.Node) -> bool:
+        places = {place for place, item in enumerate(reader.args) if item is node}
+        inner = stretch.body.get_submodule(str(reader.target)) if reader.op == "call_module" else None
+        if isinstance(inner, Stretch):
+            return places <= _weight_places(inner)
+        return reader.target in _LAYERS and places <= {1, 2}
+
+    return {place for place, node in enumerate(stretch.inputs) if all(map(reads_weight, node.users, repeat(node)))}
 
 
 def _cast(program: Program, item: Any, dtype: torch.dtype) -> Any:

@@ -32,9 +32,14 @@ class Stretch(nn.Module):
         self.draws = draws
 
     @property
+    def body(self) -> fx.GraphModule:
+        """What is computed, as a module."""
+        return self._parts[0]
+
+    @property
     def inputs(self) -> list[fx.Node]:
         """The nodes inside that stand for what the stretch is handed, in order."""
-        return [node for node in self._parts[0].graph.nodes if node.op == "placeholder"]
+        return [node for node in self.body.graph.nodes if node.op == "placeholder"]
 
     def forward(self, *inputs: Any) -> Any:
         """Compute the stretch."""
@@ -80,7 +85,9 @@ def enclose(program: Program, nodes: Sequence[fx.Node]) -> None:
     parameters = [item for module in modules for item in module.parameters() if item.requires_grad]
     number = sum(isinstance(child, Stretch) for child in program.own.children())
     body = fx.GraphModule(program.root, graph, f"Stretch{number}")
-    program.own.add_module(f"stretch{number}", Stretch(body, parameters, draws=any(map(_may_draw, inside))))
+    program.own.add_module(
+        f"stretch{number}", Stretch(body, parameters, draws=any(_may_draw(program, node) for node in inside))
+    )
     with program.graph.inserting_after(end):
         call = program.graph.call_module(f"{OWN}.stretch{number}", (*tensors, *settings))
     program.note(call, end)
@@ -94,9 +101,11 @@ def _is_module(program: Program, node: fx.Node) -> bool:
     return node.op == "get_attr" and isinstance(program.value(node), nn.Module)
 
 
-def _may_draw(node: fx.Node) -> bool:
+def _may_draw(program: Program, node: fx.Node) -> bool:
     """Whether a node may draw random numbers: a module that was not lowered, or a function that has it in its name."""
-    name = function_name(node)
+    name, module = function_name(node), program.module(node)
+    if isinstance(module, Stretch):
+        return module.draws
     if node.target is F.scaled_dot_product_attention:
         return len(node.args) > 4 or node.kwargs.get("dropout_p") not in (None, 0, 0.0)
     return node.op == "call_module" or any(part in name for part in _DRAWING)

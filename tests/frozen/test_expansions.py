@@ -53,7 +53,7 @@ def mlp(block: nn.Module, x: Tensor) -> Tensor:
 def test_an_mlp_keeps_what_enters_its_norm() -> None:
     program = of_mlp(mlp)
     assert len(stretches(program)) == 1
-    inside = [node.target for node in stretches(program)[0]._parts[0].graph.nodes]
+    inside = [node.target for node in stretches(program)[0].body.graph.nodes]
     assert frozen_layer_norm in inside
     assert not [shape for shape in kept(program) if WIDE in shape]
     assert [shape for shape in kept(build(program.model)) if WIDE in shape]  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def test_a_norm_that_others_read_is_not_in_the_stretch() -> None:
 
     program = of_mlp(forward)
     (stretch,) = stretches(program)
-    assert frozen_layer_norm not in [node.target for node in stretch._parts[0].graph.nodes]
+    assert frozen_layer_norm not in [node.target for node in stretch.body.graph.nodes]
     assert_unchanged(program)
 
 

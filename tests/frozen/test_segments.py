@@ -77,7 +77,7 @@ def test_less_is_kept_and_each_stretch_keeps_what_it_reads() -> None:
 def test_no_segment_costs_more_arithmetic_than_is_allowed() -> None:
     program = build(adapted("plain", "conv-par"))
     recompute_segments(program, most_macs=0.0)
-    costly = [node for item in stretches(program) for node in item._parts[0].graph.nodes if "conv" in node.name]
+    costly = [node for item in stretches(program) for node in item.body.graph.nodes if "conv" in node.name]
     assert costly == []
     assert_unchanged(program)
 
