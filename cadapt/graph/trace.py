@@ -113,6 +113,7 @@ def trace(model: nn.Module) -> fx.Graph:
             culprit = unite_modes(graph, other)
             if culprit is None:
                 _drop_default_arguments(graph)
+                _forget_wrapping(graph)
                 _thread_mutations(graph, model)
                 _require_no_constants(graph, model)
                 return graph
@@ -165,6 +166,16 @@ def _drop_default_arguments(graph: fx.Graph) -> None:
         if not node.users:
             graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
+
+
+def _forget_wrapping(graph: fx.Graph) -> None:
+    """Let the graph's code not ask later tracers to wrap what it calls.
+
+    Such a request stays for the life of the process. A node made in the likeness of another would ask for a function
+    that is not there by that name, and no model could be traced any more.
+    """
+    for node in graph.nodes:
+        node.meta.pop("is_wrapped", None)
 
 
 def _is_guard(node: fx.Node) -> bool:

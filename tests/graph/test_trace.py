@@ -1,6 +1,7 @@
 """Traces stay true to the model: same outputs in both modes, same names, nothing left behind, refusals that say why."""
 
 import pytest
+import timm
 import torch
 from torch import fx, nn
 
@@ -111,3 +112,11 @@ def test_arguments_beyond_the_image_keep_their_defaults() -> None:
     model = Optional()
     x = torch.randn(1, 3, 16, 16)
     assert torch.equal(fx.GraphModule(model, trace(model))(x), model(x))
+
+
+def test_a_trace_asks_nothing_of_later_ones() -> None:
+    """Functions that timm wraps mark their nodes; the code of such a graph would mark them for all tracers to come."""
+    model = timm.create_model("test_maxvit").eval()
+    graph = trace(model)
+    assert any(getattr(node.target, "__name__", "") == "window_reverse" for node in graph.nodes)
+    assert "wrap(" not in graph.python_code("self").src

@@ -100,7 +100,8 @@ def in_short(record: Record) -> str:
     words = [record["name"], record["status"]]
     if "error" in record:
         words += [f"{record['error']:.0e}", f"kept {record['kept']:.2f}", f"{record['seconds']} s"]
-    return " · ".join([*words, *record.get("problems", ()), record.get("reason", "")]).rstrip(" ·")
+    words += [*record.get("problems", ()), *record.get("notes", ()), record.get("reason", "")]
+    return " · ".join(filter(None, words))
 
 
 if __name__ == "__main__":

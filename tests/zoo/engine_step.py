@@ -15,6 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from cadapt.adapted import AdaptedModel
 
+_DIGIT = 2.0**-52
+
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
@@ -45,12 +47,21 @@ class Step:
     kept_bytes: int
 
 
-def take_step(model: AdaptedModel, run: nn.Module, situation: Situation) -> Step:
-    """One forward and backward pass of a model, through itself or what was prepared of it."""
+def take_step(model: AdaptedModel, run: nn.Module, situation: Situation, jitter: int = 0) -> Step:
+    """One forward and backward pass of a model, through itself or what was prepared of it.
+
+    Args:
+        model: the model, whose gradients are taken.
+        run: what maps pictures to its logits.
+        situation: batch, size and mode.
+        jitter: where it is not 0, seeds a change of each pixel by about the last digit of fp64.
+    """
     channels, height, width = model.preprocessing.input_size
     shape = (situation.batch, channels, height + situation.more, width + situation.more)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     images = images.to(next(model.parameters()).dtype)
+    if jitter:
+        images *= 1 + _DIGIT * torch.randn(shape, generator=torch.Generator().manual_seed(jitter)).double()
     run.train(situation.training)
     model.zero_grad(set_to_none=True)
     torch.manual_seed(11)
