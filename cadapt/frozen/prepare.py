@@ -6,7 +6,6 @@ model's parameters moves both, and nothing of it is in any file.
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
@@ -92,10 +91,13 @@ def prepare(
     if precision not in ("fp32", *_HALVES):
         raise UsageError(f"no precision '{precision}'", hint=close_matches(precision, ("fp32", *_HALVES)))
     program = build(model)
+    if memory == "low":
+        recompute_segments(program, most_macs=_CHEAP)
     if memory != "fast":
-        recompute_segments(program, most_macs=_CHEAP if memory == "low" else math.inf)
         recompute_expansions(program)
         recompute_bottlenecks(program)
+    if memory == "min":
+        recompute_segments(program)
     if precision in _HALVES:
         cast_frozen_weights(program, _HALVES[precision])
     program.settle()

@@ -61,7 +61,9 @@ class Program:
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def measure(self) -> None:
-        """Note each node's shape, and whether it is moving and live; called when nodes were replaced by others."""
+        """Note each node's shape, and whether it is moving and live, where nodes were added that lack it."""
+        if all("tensor_meta" in node.meta and "live" in node.meta for node in self.graph.nodes if node.op != "output"):
+            return
         record_shapes(self.graph, self.root, tuple(self.model.preprocessing.input_size))
         self.graph.owning_module = None  # the twin that was run, which has not what is added later
         for node in self.graph.nodes:

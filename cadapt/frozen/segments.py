@@ -8,8 +8,8 @@ the segments before keep, and what the one that runs keeps and works with.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,34 +20,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from cadapt.frozen.functions.relu import relu_bits, relu_result
 from cadapt.frozen.overwriting import FRESH, add_into
 from cadapt.frozen.program import Program, sizes
+from cadapt.frozen.spans import Span, least_kept, least_peak, peak_of
 from cadapt.frozen.stretches import computed_inside, enclose
 from cadapt.graph.flow import immediate_dominators, mark_flow
 from cadapt.graph.operators import may_alias, mutates_input
 from cadapt.meta import meta_copy
 
-_HALVINGS = 20
-# how much more than the least peak is put up with to keep less
-_SLACK = 1.2
-# maps that an operation holds at a time beside what is kept: what it reads, what it gives, and a gradient
-_WORKING_MAPS = 3
+# maps that backward holds at a time beside what is kept: the gradients of a sum, of its branch and of what it reads
+_WORKING_MAPS = 4
 _BATCH = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Span:
-    """Nodes behind ``start`` up to ``end``, by their places in the graph, and the bytes of either choice.
-
-    ``is_whole``: nothing in between is read behind ``end``, nothing overwrites what is read from before, and something
-    is kept.
-    """
-
-    first: int
-    last: int
-    input_bytes: int
-    inner_bytes: int
-    working_bytes: int
-    macs: int
-    is_whole: bool
 
 
 def recompute_segments(program: Program, most_macs: float = math.inf) -> None:
@@ -102,89 +83,50 @@ class _KeptRecorder(fx.Interpreter):
         return result
 
 
-def _choose(
-    program: Program, nodes: Sequence[fx.Node], kept: Sequence[dict[int, int]], most_macs: float
-) -> list[_Span]:
-    """The spans whose recomputation leaves least: what is kept in all, and the most that one keeps for a while."""
+def _choose(program: Program, nodes: Sequence[fx.Node], kept: Sequence[dict[int, int]], most_macs: float) -> list[Span]:
+    """The spans to compute again: all that lower the peak, or those that are cheap."""
     cuts = _cuts(program, nodes)
-    ends, overwritten = _last_reads(program, nodes), _overwritten(program, nodes)
-    spans = {
-        (first, last): _measure(program, nodes, kept, cuts[first], cuts[last], ends, overwritten)
-        for first in range(len(cuts))
-        for last in range(first + 1, len(cuts))
-    }
-    spans = {
+    spans = _measure_spans(program, nodes, kept, cuts)
+    if most_macs == math.inf:
+        return least_peak(len(cuts), spans)
+    cheap = {
         key: replace(item, is_whole=item.is_whole and item.macs <= most_macs * item.inner_bytes)
         for key, item in spans.items()
     }
-    unchanged = {key: replace(item, is_whole=False) for key, item in spans.items()}
-    high = _peak_of(len(cuts), unchanged)
-    if most_macs < math.inf:
-        found = _least_kept(len(cuts), spans, high)
-        return [] if found is None else found[1]
-    low = 0.0
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _least_kept(len(cuts), spans, middle) is None else (low, middle)
-    found = _least_kept(len(cuts), spans, _SLACK * high)
+    found = least_kept(len(cuts), cheap, peak_of(len(cuts), cheap))
     return [] if found is None else found[1]
 
 
-def _peak_of(count: int, spans: Mapping[tuple[int, int], _Span]) -> float:
-    """The most that is held at a time where nothing is computed again."""
-    before, peak = 0.0, 0.0
-    for last in range(1, count):
-        span = spans[last - 1, last]
-        before += span.inner_bytes
-        peak = max(peak, before + span.working_bytes)
-    return peak
-
-
-def _least_kept(count: int, spans: Mapping[tuple[int, int], _Span], limit: float) -> tuple[float, list[_Span]] | None:
-    """The cover of all cuts that keeps least and never holds more than a limit; None where no cover does.
-
-    While a span is run, what the ones before it keep is held, and what it keeps itself and works with.
-    """
-    best: list[tuple[float, list[_Span]] | None] = [(0.0, [])]
-    for last in range(1, count):
-        options: list[tuple[float, list[_Span]]] = []
-        for first in range(last):
-            span, earlier = spans[first, last], best[first]
-            if earlier is None:
-                continue
-            before, chosen = earlier
-            if last == first + 1 and before + span.inner_bytes + span.working_bytes <= limit:
-                options.append((before + span.inner_bytes, chosen))
-            if span.is_whole and before + span.input_bytes + span.inner_bytes + span.working_bytes <= limit:
-                options.append((before + span.input_bytes, [*chosen, span]))
-        best.append(min(options, key=lambda option: option[0], default=None))
-    return best[-1]
-
-
-def _measure(
-    program: Program,
-    nodes: Sequence[fx.Node],
-    kept: Sequence[dict[int, int]],
-    start: int,
-    end: int,
-    ends: Sequence[int],
-    overwritten: Sequence[float],
-) -> _Span:
-    inner: dict[int, int] = {}
-    for index in range(start + 1, end + 1):
-        inner.update(kept[index])
-    whole = all(last <= end for last in ends[start + 1 : end]) and min(overwritten[start + 1 : end + 1]) > start
-    size = math.prod(sizes(nodes[start])) * program.dtype.itemsize
-    widest = max(math.prod(sizes(node)) for node in nodes[start : end + 1] if node.meta["moving"])
-    return _Span(
-        first=start + 1,
-        last=end,
-        input_bytes=size,
-        inner_bytes=sum(inner.values()),
-        working_bytes=_WORKING_MAPS * widest * program.dtype.itemsize,
-        macs=sum(map(_macs, nodes[start + 1 : end + 1])),
-        is_whole=whole and bool(inner),
-    )
+def _measure_spans(
+    program: Program, nodes: Sequence[fx.Node], kept: Sequence[dict[int, int]], cuts: Sequence[int]
+) -> dict[tuple[int, int], Span]:
+    """Every span between two cuts; each is the one that ends a cut earlier, and what follows."""
+    ends, overwritten = _last_reads(program, nodes), _overwritten(program, nodes)
+    elements = [math.prod(sizes(node)) if node.meta["moving"] else 0 for node in nodes]
+    macs = [_macs(node) for node in nodes]
+    spans = {}
+    for first, start in enumerate(cuts):
+        inner: dict[int, int] = {}
+        widest, work, earliest, latest = elements[start], 0, math.inf, 0
+        for last in range(first + 1, len(cuts)):
+            inside = range(cuts[last - 1] + 1, cuts[last] + 1)
+            for index in inside:
+                inner.update(kept[index])
+            widest = max(widest, *(elements[index] for index in inside))
+            work += sum(macs[index] for index in inside)
+            earliest = min(earliest, *(overwritten[index] for index in inside))
+            whole = max([latest, *(ends[index] for index in inside[:-1])]) <= cuts[last]
+            latest = max([latest, *(ends[index] for index in inside)])
+            spans[first, last] = Span(
+                first=start + 1,
+                last=cuts[last],
+                input_bytes=elements[start] * program.dtype.itemsize,
+                inner_bytes=sum(inner.values()),
+                working_bytes=_WORKING_MAPS * widest * program.dtype.itemsize,
+                macs=work,
+                is_whole=whole and earliest > start and bool(inner),
+            )
+    return spans
 
 
 def _macs(node: fx.Node) -> int:

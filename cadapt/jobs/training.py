@@ -15,6 +15,8 @@ from torch import nn
 from cadapt.adapted import ADAPTERS, AdaptedModel
 from cadapt.backbone import Backbone
 from cadapt.bundle import Bundle, save_bundle
+from cadapt.costing.advice import memory_notices
+from cadapt.costing.run_memory import StepSetting
 from cadapt.data import (
     TrainingData,
     TrainLoader,
@@ -91,21 +93,34 @@ def train_bundle(
                 run=run,
                 on_event=on_event,
                 save_weights=saver,
-                prepare_forward=_engine(config),
+                prepare_forward=_forward_of(config, tell),
             )
     model.training_record = _record(data.record, options, {"config": config.to_json(), **result.to_json()})
     trained = sum(item.numel() for item in model.parameters() if item.requires_grad)
     return Trained(bundle=to_bundle(model), result=result, trainable_parameters=trained, data=data.record)
 
 
-def _engine(config: TrainConfig) -> PrepareForward | None:
-    """What trains in the model's place: the same computation, keeping less; None where the run asks for the model."""
-    memory = config.memory
-    if memory == "plain":
-        return None
+def _forward_of(config: TrainConfig, tell: Callable[[Event], None]) -> PrepareForward:
+    """What trains in the model's place: the same computation, keeping less; its memory is told before it is taken."""
 
     def prepare_forward(model: nn.Module, precision: str, /) -> nn.Module:
-        return prepare(model, memory=memory, precision=precision, channels_last=config.channels_last)
+        assert isinstance(model, AdaptedModel), type(model)
+        run: nn.Module = model
+        if config.memory != "plain":
+            run = prepare(model, memory=config.memory, precision=precision, channels_last=config.channels_last)
+        channels, height, width = model.preprocessing.input_size
+        setting = StepSetting(
+            input_size=(channels, height, width),
+            batch_size=config.batch_size,
+            accumulate=config.accumulate,
+            device=str(next(model.parameters()).device),
+            precision=precision,
+            channels_last=config.channels_last,
+            average=config.ema is not None,
+        )
+        for message in memory_notices(run, setting, beside=() if run is model else (model,)):
+            tell(Notice(message=message))
+        return run
 
     return prepare_forward
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from cadapt.frozen.functions.casting import has_autocast
@@ -97,7 +98,9 @@ class _Recompute(Function):
         with run.as_before(states):
             results = run(fresh)
         pairs = [(item, grad) for item, grad in zip(results, grads, strict=True) if grad is not None]
-        pairs = [(item, grad) for item, grad in pairs if item.requires_grad]
+        # autograd asks for where a result came from, not for its values
+        pairs = [(get_gradient_edge(item), grad) for item, grad in pairs if item.requires_grad]
+        del results
         sources = [item for item, wanted in zip((*fresh, *run.parameters), needed, strict=True) if wanted]
         if not pairs:
             return (None,) * (2 + len(needed))
