@@ -91,7 +91,7 @@ class ConvAdapter(nn.Module):
         map_BCHW, prefix_BCP1 = to_map(x_BNC, "NLC", self.grid, self.prefix_tokens)
         delta = self._on_map(map_BCHW)
         alone = self._finish(self._centre(prefix_BCP1)) if self.prefix_tokens else prefix_BCP1
-        return from_map(delta, alone, "NLC")
+        return from_map(delta, alone, "NLC", self.prefix_tokens)
 
     def _centre(self, prefix_BCP1: torch.Tensor) -> torch.Tensor:
         """DW of each prefix token by itself: [B, C, P, 1] times the centre tap of the kernel, to [B, w, P, 1]."""

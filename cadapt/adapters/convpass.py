@@ -98,7 +98,7 @@ class Convpass(nn.Module):
         map_BhHW, prefix_BhP1 = to_map(hidden, layout, self.grid, self.prefix_tokens)
         if layout == "NLC" and self.prefix_tokens:
             prefix_BhP1 = nn.functional.conv2d(prefix_BhP1, self.conv.weight[:, :, 1:2, 1:2], self.conv.bias)
-        hidden = from_map(self.conv(map_BhHW), prefix_BhP1, layout)
+        hidden = from_map(self.conv(map_BhHW), prefix_BhP1, layout, self.prefix_tokens)
         delta: torch.Tensor = self.up(self.dropout(_quick_gelu(hidden)))
         return delta if self.scale == 1.0 else self.scale * delta
 

@@ -122,7 +122,7 @@ class InputConditionedAdapter(nn.Module):
         delta = self._finish(hidden + convolved)
         if self.prefix_tokens:
             prefix = self._adapt_prefix(prefix, kernels)
-        return from_map(delta, prefix, self.layout)
+        return from_map(delta, prefix, self.layout, self.prefix_tokens)
 
     def _adapt_prefix(self, prefix_BCP1: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
         """Δ of the prefix tokens, which have no neighbours and no stride."""

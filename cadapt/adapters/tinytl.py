@@ -122,7 +122,7 @@ class LiteResidual(nn.Module):
         delta = functional.interpolate(refined, size, mode="bilinear", align_corners=False)
         if self.prefix_tokens:
             prefix_BCP1 = self._refine_alone(prefix_BCP1)
-        return from_map(delta, prefix_BCP1, self.layout)
+        return from_map(delta, prefix_BCP1, self.layout, self.prefix_tokens)
 
     def _refine(self, pooled: torch.Tensor) -> torch.Tensor:
         """All but pooling and interpolation: [B, C_in, h, w] to [B, C_out, h', w']."""

@@ -32,11 +32,15 @@ def to_map(x: torch.Tensor, layout: Layout, grid: Pair | None, prefix_tokens: in
     return map_BCHW, map_BCHW[:, :, :0, :1]
 
 
-def from_map(map_BCHW: torch.Tensor, prefix_BCP1: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Undo :func:`to_map`; the prefix tokens are ignored for maps."""
+def from_map(
+    map_BCHW: torch.Tensor, prefix_BCP1: torch.Tensor, layout: Layout, prefix_tokens: int = 0
+) -> torch.Tensor:
+    """Undo :func:`to_map`; the prefix is read only where there are ``prefix_tokens``."""
     if layout == "NLC":
-        tokens = torch.cat((prefix_BCP1.squeeze(3), map_BCHW.flatten(2)), dim=2) if prefix_BCP1.shape[2] else None
-        return (map_BCHW.flatten(2) if tokens is None else tokens).transpose(1, 2)
+        tokens = map_BCHW.flatten(2)
+        if prefix_tokens:
+            tokens = torch.cat((prefix_BCP1.squeeze(3), tokens), dim=2)
+        return tokens.transpose(1, 2)
     return map_BCHW.permute(0, 2, 3, 1) if layout == "NHWC" else map_BCHW
 
 
