@@ -74,9 +74,10 @@ def _frozen_factor(program: Program, factor: Any, product: Any) -> tuple[torch.T
     """A frozen factor as a vector in fp64, and the dimension of the product along which it lies."""
     width_dim = _layer_dim(product)
     if width_dim is not None and (isinstance(factor, int | float) or _is_single(program, factor)):
-        value = program.exact(factor).flatten() if isinstance(factor, fx.Node) else torch.tensor([float(factor)])
+        number = None if isinstance(factor, fx.Node) else torch.tensor([factor], dtype=torch.float64)
+        value = program.exact(factor).flatten() if number is None else number
         device = next(program.model.parameters()).device
-        return value.double().to(device).expand(sizes(product)[width_dim]), width_dim
+        return value.to(device).expand(sizes(product)[width_dim]), width_dim
     dim = _channel_dim(factor, product)
     if dim is None or not program.is_constant(factor):
         return None
