@@ -22,15 +22,14 @@ from cadapt.adapted import AdaptedModel
 from cadapt.backbone import Backbone
 from cadapt.errors import CadaptError
 from cadapt.frozen import Memory, prepare
-from cadapt.planning import Survey, plan_insertions, survey, with_head
+from cadapt.planning import Survey, survey
 from cadapt.surgery import operate
 from tests.zoo.cell_checks import awaken
 from tests.zoo.census import make_on_meta
 from tests.zoo.check import in_words, make_base
 from tests.zoo.engine_step import SITUATIONS, Situation, Step, differences, take_step
-from tests.zoo.setting import SIDES, Setting, bare_backbone
+from tests.zoo.setting import SIDES, Setting, bare_backbone, make_plan
 
-CLASSES = 5
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 TOLERANCES = {"fp64": 1e-9, "fp32": 1e-5}
 """Of a gradient, relative to the largest of all; where plain fp32 is off by more from fp64, so much more."""
@@ -113,18 +112,14 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def make_adapted(table: Bench, scheme: str) -> AdaptedModel:
-    """A base with awake adapters and a head, in fp64 and train mode.
+    """A base with awake adapters and a copy of its head, in fp64 and train mode.
 
     Raises:
         CadaptError: the scheme has nothing to adapt here.
     """
-    plan = plan_insertions(table.backbone, scheme, seed=3, surveyed=table.surveyed)
-    try:
-        plan = with_head(plan, table.backbone, CLASSES)
-    except CadaptError:
-        if scheme == "linear":
-            raise
-    model = operate(table.backbone, plan, table.surveyed)
+    model = operate(table.backbone, make_plan(table.backbone, scheme, table.surveyed), table.surveyed)
+    if not any(item.requires_grad for item in model.parameters()):
+        raise CadaptError("nothing would train: its head cannot be copied")
     awaken(model.adapters)
     return model.double().train()
 
