@@ -170,24 +170,14 @@ def _broadcasts(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
     return len(small) == len(large) == 4 and small[:2] == large[:2] and small[2:] == (1, 1)
 
 
-def _keep_of_layer_norm(program: Program, node: fx.Node) -> None:
+def _keep_of_norm(program: Program, node: fx.Node) -> None:
     if _is_live(node.args[0]) and all(_is_frozen(item) for item in node.args[2:4]):
-        _call(node, frozen_layer_norm, *node.args)
+        _call(node, frozen_layer_norm if node.target is F.layer_norm else frozen_group_norm, *node.args)
 
 
-def _keep_of_group_norm(program: Program, node: fx.Node) -> None:
-    if _is_live(node.args[0]) and all(_is_frozen(item) for item in node.args[2:4]):
-        _call(node, frozen_group_norm, *node.args)
-
-
-def _keep_of_average(program: Program, node: fx.Node) -> None:
-    if node.meta["live"] and not node.kwargs and len(node.args) == 6:
-        _call(node, avg_pool2d_lean, *node.args)
-
-
-def _keep_of_maximum(program: Program, node: fx.Node) -> None:
-    if node.meta["live"] and not node.kwargs and len(node.args) == 6:
-        _call(node, max_pool2d_lean, *node.args)
+def _keep_of_pool(program: Program, node: fx.Node) -> None:
+    if node.meta["live"] and len(node.args) == 6:
+        _call(node, avg_pool2d_lean if node.target is F.avg_pool2d else max_pool2d_lean, *node.args)
 
 
 _RULES: dict[Any, Callable[[Program, fx.Node], None]] = {
@@ -196,8 +186,8 @@ _RULES: dict[Any, Callable[[Program, fx.Node], None]] = {
     activate: _keep_of_activation,
     affine: _keep_of_affine,
     torch.mul: _keep_of_product,
-    F.layer_norm: _keep_of_layer_norm,
-    F.group_norm: _keep_of_group_norm,
-    F.avg_pool2d: _keep_of_average,
-    F.max_pool2d: _keep_of_maximum,
+    F.layer_norm: _keep_of_norm,
+    F.group_norm: _keep_of_norm,
+    F.avg_pool2d: _keep_of_pool,
+    F.max_pool2d: _keep_of_pool,
 }

@@ -1,14 +1,11 @@
 """Lower module calls to the functions they stand for, with every weight a node of its own that the passes can rewrite.
 
 A layer whose class does something else in ``forward``, or that has hooks, stays a call of that module. A layer that is
-called with learned differences (:mod:`cadapt.graph.shift`) is lowered with sums for its tensors. In-place operations
-become plain ones, where no other name of the same memory is read afterwards; later passes decide anew what may be
-overwritten.
+called with learned differences (:mod:`cadapt.graph.shift`) is lowered with sums for its tensors.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +18,11 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from cadapt.frozen.activations import find_activation, is_hooked
+from cadapt.frozen.functionalising import functionalise
 from cadapt.frozen.functions.elementwise import RECOMPUTABLE
 from cadapt.frozen.program import Program, sizes
 from cadapt.graph.convs import is_conv
-from cadapt.graph.operators import function_name, may_alias, may_mutate_input, mutates_input
+from cadapt.graph.operators import function_name
 from cadapt.graph.shift import call_shifted
 from cadapt.graph.standardised import bake_layer
 
@@ -58,7 +56,7 @@ class _Call:
 
 def lower(program: Program) -> None:
     """Lower every call that is understood, in place."""
-    overwriting = _make_plain(program)
+    overwriting = functionalise(program)
     for node in list(program.graph.nodes):
         call = _read_call(program, node)
         name = find_activation(program, node)
@@ -306,52 +304,3 @@ def _lower_function(program: Program, node: fx.Node) -> None:
 
 
 _FUNCTIONS = dict.fromkeys(_ARGUMENTS, _lower_function)
-
-_PLAIN_OPERATORS: Mapping[Any, Callable[..., Any]] = {
-    operator.iadd: torch.add,
-    operator.imul: torch.mul,
-    operator.isub: torch.sub,
-    operator.add: torch.add,
-    operator.mul: torch.mul,
-    "add": torch.add,
-    "add_": torch.add,
-    "mul": torch.mul,
-    "mul_": torch.mul,
-}
-
-
-def _make_plain(program: Program) -> set[fx.Node]:
-    """Write sums and products of tensors in one way, and not in place; return what must go on overwriting."""
-    order = {node: index for index, node in enumerate(program.graph.nodes)}
-    mutating = [node for node in program.graph.nodes if node.args and mutates_input(node, program.root)]
-    overwriting = {node for node in mutating if not _may_forget(program, node, order)}
-    for node in program.graph.nodes:
-        if node.op not in ("call_function", "call_method") or node.kwargs or len(node.args) != 2:
-            continue
-        plain = _PLAIN_OPERATORS.get(node.target)
-        if plain is None or node in overwriting or not sizes(node):
-            continue
-        if sizes(node.args[0]):
-            node.op, node.target = "call_function", plain
-        elif sizes(node.args[1]) and plain in (torch.add, torch.mul):  # a number first, which torch's own do not take
-            node.op, node.target, node.args = "call_function", plain, node.args[::-1]
-    if not overwriting:
-        for node in program.nodes(torch.clone):  # a copy made to be safe from what is no longer overwritten
-            if not any(may_mutate_input(user, program.root) for user in node.all_input_nodes[0].users):
-                program.replace(node, node.all_input_nodes[0])
-    return overwriting
-
-
-def _may_forget(program: Program, node: fx.Node, order: Mapping[fx.Node, int]) -> bool:
-    """Whether nobody but through an in-place node itself reads what it overwrote, under whatever name."""
-    names, stack = set(), [node.args[0]]
-    while stack:
-        name = stack.pop()
-        if not isinstance(name, fx.Node) or name in names or name is node:
-            continue
-        names.add(name)
-        stack += [user for user in name.users if user is not node and may_alias(user, program.root)]
-        if may_alias(name, program.root):
-            stack += name.all_input_nodes[:1]
-    readers = {user for name in names for user in name.users}
-    return all(order[reader] <= order[node] for reader in readers)
