@@ -1,8 +1,8 @@
 """The engine's own copy of an adapted model's graph, which the passes rewrite, and what they ask of it.
 
 The copy reads the model's modules and parameters in place and holds tensors of its own beside them. Of each node it
-knows its shape, whether it is ``moving`` (it depends on the picture) and whether it is ``live`` (it depends on a tensor
-that trains, so that a gradient flows into it).
+knows its shape, whether it is ``moving`` (it depends on the picture, or on random numbers, and is another in each step)
+and whether it is ``live`` (it depends on a tensor that trains, so that a gradient flows into it).
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from torch import fx, nn
 
 from cadapt.adapted import AdaptedModel
 from cadapt.graph.modes import is_mode
-from cadapt.graph.operators import mutates_input, shape_of
+from cadapt.graph.operators import function_name, mutates_input, shape_of
 from cadapt.graph.trace import record_shapes
 
 OWN = "engine"
+DRAWING = ("drop", "rand", "bernoulli", "normal_", "uniform", "rrelu", "multinomial", "exponential_", "gumbel")
+"""In the names of functions that draw random numbers."""
 # what gives a view or a fixed arrangement of one tensor, and so may be computed once where that tensor is fixed
 _ARRANGING = frozenset(
     {"reshape", "view", "permute", "transpose", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "expand",
@@ -79,11 +81,13 @@ class Program:
 
     def _mark(self, node: fx.Node) -> None:
         sources = node.all_input_nodes
-        moving = node.op == "placeholder" or any(source.meta["moving"] for source in sources)
         live = any(source.meta["live"] for source in sources)
         if node.op == "get_attr":
             live = node.target in self._trainable
         module = self.module(node)
+        # what draws must neither be computed twice nor change places with what else draws
+        draws = any(part in function_name(node) for part in DRAWING) if module is None else _draws(module)
+        moving = node.op == "placeholder" or draws or any(source.meta["moving"] for source in sources)
         if module is not None:
             prefix = f"{node.target}."
             live = live or any(name.startswith(prefix) for name in self._trainable)
@@ -216,6 +220,12 @@ def is_plain_layer(node: fx.Node) -> bool:
     """Whether a conv or linear layer has all its arguments in their places, as lowering writes them."""
     places = 7 if node.target is F.conv2d else 3 if node.target is F.linear else 0
     return not node.kwargs and len(node.args) == places
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module, or one inside, drops with a rate above 0."""
+    parts = (item for item in module.modules() if "drop" in type(item).__name__.lower())
+    return any(getattr(item, "p", 0) or getattr(item, "drop_prob", 0) for item in parts)
 
 
 def _get(root: nn.Module, target: str) -> Any:

@@ -15,11 +15,8 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from cadapt.frozen.functions.recompute import recompute
-from cadapt.frozen.program import OWN, Program
+from cadapt.frozen.program import DRAWING, OWN, Program
 from cadapt.graph.operators import function_name, shape_of
-
-# in the names of functions that draw
-_DRAWING = ("drop", "rand", "bernoulli", "normal_", "uniform", "rrelu", "multinomial", "exponential_", "gumbel")
 
 
 class Stretch(nn.Module):
@@ -108,7 +105,7 @@ def _may_draw(program: Program, node: fx.Node) -> bool:
         return module.draws
     if node.target is F.scaled_dot_product_attention:
         return len(node.args) > 4 or node.kwargs.get("dropout_p") not in (None, 0, 0.0)
-    return node.op == "call_module" or any(part in name for part in _DRAWING)
+    return node.op == "call_module" or any(part in name for part in DRAWING)
 
 
 def _read_from_outside(nodes: Sequence[fx.Node], inside: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -59,6 +59,21 @@ def test_the_kernels_of_single_precision() -> None:
     assert record["status"] == "ok", in_short(record)
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("name", "scheme", "memory"),
+    [
+        # an MLP over positions, which no picture enters, draws between what a segment draws
+        ("swinv2_cr_tiny_224", "conv-par", "min"),
+        # a number of many digits behind each activation is folded
+        ("nf_regnet_b0", "conv-par", "fast"),
+    ],
+)
+def test_what_the_sweep_found(name: str, scheme: str, memory: Any) -> None:
+    (record,) = check(name, scheme, [memory])
+    assert record["status"] == "ok", in_short(record)
+
+
 class _Spoilt(nn.Module):
     """A prepared model with a fault."""
 
