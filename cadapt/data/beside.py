@@ -42,7 +42,8 @@ class CheckBeside:
         self._done = 0
         self._found: _Found = []
         self._reports, sender = multiprocessing.Pipe(duplex=False)
-        self._process = multiprocessing.Process(target=_check_all, args=(parts, workers, sender), daemon=True)
+        ends = sender, self._reports
+        self._process = multiprocessing.Process(target=_check_all, args=(parts, workers, *ends), daemon=True)
         with signals_held_back(), warnings.catch_warnings():
             # Python 3.12 warns of every fork beside threads; this one decodes pictures and nothing else
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
@@ -103,9 +104,10 @@ class CheckBeside:
             raise UnreadableImages([bad for _, bad in sorted(self._found, key=lambda item: item[0])], self._total)
 
 
-def _check_all(parts: Sequence[Images], workers: int, sender: Connection) -> None:
+def _check_all(parts: Sequence[Images], workers: int, sender: Connection, reports: Connection) -> None:
     """What the process does: send how many pictures are judged and which were found unreadable, now and then."""
     leave_signals_to_parent()
+    reports.close()  # so that the end of the run, killed or not, is the end of their reader
     if hasattr(os, "nice"):
         os.nice(_LOWEST_PRIORITY)
     pictures = Pictures(parts)

@@ -1,6 +1,6 @@
 """Keeps a run's signals away from the processes it starts: Ctrl-C and termination are the run's own business.
 
-The check of pictures beside a training run uses it. Imports no torch.
+The check of pictures beside a training run and the loaders' workers use it. Imports no torch.
 """
 
 from __future__ import annotations

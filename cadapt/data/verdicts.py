@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,7 +47,7 @@ class Verdicts:
 
     def __init__(self, root: Path) -> None:
         self._root = os.path.realpath(root)
-        self._file = _file_for(self._root)
+        self._file = _own_file(self._root)
         self._known = {} if self._file is None else _read(self._file, self._root)
         self._fresh: dict[str, Stamp] = {}
 
@@ -72,14 +73,31 @@ class Verdicts:
         """Write what is known of the files of these names; of others it is forgotten."""
         if self._file is None or not self._fresh:
             return
-        merged = {**self._known, **self._fresh}
-        self._known, self._fresh = {name: merged[name] for name in names if name in merged}, {}
+        # taken first: threads go on noting meanwhile, and what they note is for the next time
+        fresh, self._fresh = self._fresh, {}
+        merged = {**self._known, **fresh}
+        self._known = {name: merged[name] for name in names if name in merged}
         record = {"version": _VERSION, "judge": _JUDGE, "root": self._root, "good": self._known}
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file, json.dumps(record).encode(), overwrite=True)
         except (CadaptError, OSError) as error:
             _LOG.debug("cannot remember which pictures of %s are good: %s", self._root, error)
+
+
+def _own_file(root: str) -> Path | None:
+    """Where the verdicts are kept, unless what is there is no file.
+
+    A cache folder may be shared, by way of the variable: a link that another user left there would have us write
+    wherever it points, and a pipe would have us wait.
+    """
+    path = _file_for(root)
+    try:
+        return path if path is None or stat.S_ISREG(path.lstat().st_mode) else None
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            _LOG.debug("no use of %s: %s", path, error)
+        return path
 
 
 def _file_for(root: str) -> Path | None:

@@ -6,8 +6,6 @@ depend on which worker it is or on what it did before. The run's own signal hand
 
 from __future__ import annotations
 
-import signal
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -22,12 +20,12 @@ from cadapt.data.folder import Images
 from cadapt.data.fused import FusedTransform
 from cadapt.data.images import UnreadableImage
 from cadapt.data.memory import BatchMemory
+from cadapt.data.processes import leave_signals_to_parent, signals_held_back
 from cadapt.data.seeding import derive_seed, preserved_generators, seed_generators
 from cadapt.errors import CadaptError
 
 Key = tuple[int, int]
 Batch = tuple[torch.Tensor, torch.Tensor]
-_STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
 
 
 class Samples:
@@ -145,7 +143,7 @@ class BatchSource:
 
     def _begin(self, keys: list[list[Key]]) -> Iterator[Any]:
         self._sampler.batches = keys
-        with _signals_held_back(), _without_torch_advice():
+        with signals_held_back(), _without_torch_advice():
             if self._loader is None:
                 self._loader = self._make_loader()
             batches: Iterator[Any] = iter(self._loader)
@@ -212,22 +210,4 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _prepare_worker(_worker: int) -> None:
-    """Leave Ctrl-C to the main process, and let a termination end the worker without the run's own handler."""
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back while workers start, so that none reaches them before they are prepared."""
-    if sys.platform == "win32":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    leave_signals_to_parent()

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import time
@@ -94,6 +95,26 @@ def test_the_systems_refusals_arrive(root, start, monkeypatch):
     monkeypatch.setattr(beside.Pictures, "check", refuse)
     with pytest.raises(OSError, match="Too many open files"):
         start(find_images(root)).finish()
+
+
+def test_a_killed_run_leaves_no_check_behind(root, gate, monkeypatch):
+    """Its next report finds nobody: of 70 pictures it judges the 64 of that report."""
+    ours, theirs = os.pipe()
+    real = beside.Pictures.check
+    monkeypatch.setattr(beside.Pictures, "check", lambda self, index: (real(self, index), os.write(theirs, b".")))
+
+    def run():
+        CheckBeside([find_images(root)], 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = multiprocessing.get_context("fork").Process(target=run)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    gate.touch()
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as judged:  # to its end, when no process is left
+        assert len(judged.read()) == 64
 
 
 def test_closing_ends_the_process_at_once(root, start, gate):

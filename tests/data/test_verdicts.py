@@ -148,6 +148,20 @@ def test_a_cache_that_cannot_be_written_fails_nothing(folder, decoded, tmp_path,
     assert len(decoded) == 10
 
 
+@pytest.mark.parametrize("put", [lambda path, other: path.symlink_to(other), lambda path, other: os.mkfifo(path)])
+def test_what_another_put_in_a_shared_cache_is_not_written_through(folder, decoded, private_cache, tmp_path, put):
+    readable_parts([find_images(folder)], False, 0, None)
+    path, other = cache_file(private_cache), tmp_path / "other"
+    content = path.read_bytes()
+    other.write_bytes(content.replace(b'"version": 1', b'"version": 0'))
+    path.unlink()
+    put(path, other)
+    for _ in range(2):
+        readable_parts([find_images(folder)], False, 0, None)
+    assert len(decoded) == 15
+    assert b'"version": 0' in other.read_bytes()
+
+
 def test_names_that_are_no_text_are_remembered(folder, decoded):
     (folder / "cat" / "000.png").rename(folder / "cat" / "\udcff.png")
     for _ in range(2):
