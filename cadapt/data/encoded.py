@@ -180,6 +180,7 @@ def _as_stored(box: Box, size: tuple[int, int], orientation: int) -> Box:
 
 def _reduced(box: Box, scale: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Return a part's edges in the picture that was reduced by ``scale`` to ``size``."""
-    left, top = round(box.left / scale), round(box.top / scale)
-    right, bottom = round((box.left + box.width) / scale), round((box.top + box.height) / scale)
+    # halves go up, all of them: were some to go down, a part could lose a pixel of what was asked for
+    edges = box.left, box.top, box.left + box.width, box.top + box.height
+    left, top, right, bottom = ((edge + scale // 2) // scale for edge in edges)
     return left, top, min(right, size[0]), min(bottom, size[1])

@@ -22,7 +22,7 @@ class Frame:
     Args:
         offset: of the two bytes of the height, from the start of the file.
         width, height: of the picture, in pixels.
-        plain: three components of 8 bits, and nothing before them that may say which side is up.
+        plain: three components of 8 bits, and nothing in the header that may say which side is up.
     """
 
     offset: int
@@ -47,20 +47,27 @@ def find_frame(data: bytes) -> Frame | None:
     """
     if not data.endswith(_END_OF_IMAGE):
         return None
-    place, silent = 2, data.startswith(b"\xff\xd8")
+    place, silent, frame = 2, data.startswith(b"\xff\xd8"), -1
     while place + 10 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
-        if marker == _BASELINE_FRAME:
-            # after the marker: length (2 bytes), precision (1), height (2), width (2), components (1)
-            precision, components = data[place + 4], data[place + 9]
-            height, width = (int.from_bytes(data[start : start + 2], "big") for start in (place + 5, place + 7))
-            plain = silent and precision == 8 and components == 3 and height > 0 and width > 0
-            return Frame(offset=place + 5, width=width, height=height, plain=plain)
-        if marker == _START_OF_SCAN or not 0xC0 <= marker <= 0xFE:
+        if marker == _START_OF_SCAN:
+            return None if frame < 0 else _frame_at(data, frame, silent)
+        if not 0xC0 <= marker <= 0xFE or (marker == _BASELINE_FRAME and frame >= 0):
             return None
-        silent = silent and marker in _SILENT
+        if marker == _BASELINE_FRAME:
+            frame = place
+        else:  # notes may come after the frame, too
+            silent = silent and marker in _SILENT
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return None
+
+
+def _frame_at(data: bytes, place: int, silent: bool) -> Frame:
+    # after the marker: length (2 bytes), precision (1), height (2), width (2), components (1)
+    precision, components = data[place + 4], data[place + 9]
+    height, width = (int.from_bytes(data[start : start + 2], "big") for start in (place + 5, place + 7))
+    plain = silent and precision == 8 and components == 3 and height > 0 and width > 0
+    return Frame(offset=place + 5, width=width, height=height, plain=plain)
 
 
 def with_height(data: bytes, frame: Frame, rows: int) -> bytes | bytearray:

@@ -1,6 +1,7 @@
 """A crop decoded by itself has the pixels of the same crop of the whole, whatever the file."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -73,6 +74,17 @@ def test_upright_by_exif(orientation, kind):
     assert_crops_are_those_of_the_whole(encoded(picture(4, SIZE), kind, exif=exif))
 
 
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_notes_may_come_after_the_frame(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(picture(4, SIZE), exif=exif)
+    start = data.index(b"\xff\xe1")
+    end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    scan = data.index(b"\xff\xda", end)
+    assert_crops_are_those_of_the_whole(data[:start] + data[end:scan] + data[start:end] + data[scan:])
+
+
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF"])
 def test_other_formats(kind):
     assert_crops_are_those_of_the_whole(encoded(picture(5, SIZE), kind))
@@ -97,7 +109,7 @@ def test_large_crops_are_those_of_the_picture_in_draft_mode(scale, orientation):
     upright = draft.transpose(Image.Transpose.ROTATE_270) if orientation == 6 else draft.copy()
     # the nearest whole pixels, counted from the stored picture's corner
     left, right = (512 - 13, 512 - 423) if orientation == 6 else (13, 423)
-    edges = [round(edge / scale) for edge in (left, 27, right, 427)]
+    edges = [math.floor(edge / scale + 0.5) for edge in (left, 27, right, 427)]
     if orientation == 6:
         edges[0], edges[2] = (512 // scale - edge for edge in (edges[0], edges[2]))
     assert np.array_equal(part, np.asarray(upright.crop(tuple(edges))))
@@ -120,6 +132,14 @@ def test_a_crop_is_never_smaller_than_asked_for():
         part = EncodedPicture(data, "a").crop(Box(0, 0, 320, 256), (width, height))
         assert part.shape[1] >= width
         assert part.shape[0] >= height
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_wherever_a_crop_lies_it_is_as_large_as_asked_for(scale):
+    data = encoded(smooth(8, (160, 160)))
+    for edge in range(2 * scale):
+        part = EncodedPicture(data, "a").crop(Box(edge, edge, 15 * scale, 16 * scale), (15, 16))
+        assert part.shape[:2] == (16, 15)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
