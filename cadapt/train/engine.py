@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from cadapt.errors import CadaptError, InterruptedRunError, RefusedError
+from cadapt.errors import CadaptError, InterruptedRunError
 from cadapt.train.config import TrainConfig
 from cadapt.train.events import EpochDone, Event, Notice, RunStarted, Saved, StepDone
+from cadapt.train.feed import Feed
 from cadapt.train.folder import RunFolder, prepare
 from cadapt.train.pace import Pace
 from cadapt.train.protocols import FitData, PrepareForward, SaveWeights
@@ -62,9 +63,10 @@ def fit(
 
     Raises:
         UsageError: settings, model, data or run folder do not go together.
-        RefusedError: the saved run is damaged, or of other data or another model; or a batch's pictures, after saving.
+        RefusedError: the saved run is damaged, or of other data or another model.
         InterruptedRunError: stopped by a signal.
         CadaptError: the loss is not finite, or memory ran out; what was saved before is sound.
+        Exception: whatever the batches raise, after saving.
     """
     if run is not None:
         prepare(run)
@@ -80,12 +82,13 @@ class _Loop:
         self._stop = stop
         self._pace = Pace()
         self._event_at = float("-inf")
+        self._feed = Feed()
 
     def run(self) -> TrainResult:
         session = self._session
         self._announce()
         while session.ledger.epoch < session.config.epochs:
-            with _memory_explained(session.config), self._saved_if_refused():
+            with _memory_explained(session.config), self._feed.saved_if_it_fails(self._save):
                 self._train_epoch()
                 validation = self._validate()
             self._close_epoch(validation)
@@ -117,7 +120,7 @@ class _Loop:
         session.model.train()
         self._pace.start()
         batches = session.data.train.batches(ledger.epoch, start_step=ledger.step * config.accumulate)
-        with closing(grouped(batches, config.accumulate)) as groups:
+        with closing(grouped(self._feed.of(batches), config.accumulate)) as groups:
             for group in groups:
                 seed_step(config.seed, ledger.epoch, ledger.step)
                 session.take_step(group)
@@ -185,7 +188,7 @@ class _Loop:
             with session.stepper.averaged():
                 found = validate(
                     session.model,
-                    session.data.validation(),
+                    self._feed.of(session.data.validation()),
                     classes=session.data.classes,
                     precision=session.precision,
                     stop=self._stop,
@@ -250,15 +253,6 @@ class _Loop:
         if session.run is not None:
             ledger = session.ledger
             self._emit(Saved(path=str(session.run.path), epoch=ledger.epoch, step=ledger.step))
-
-    @contextmanager
-    def _saved_if_refused(self) -> Iterator[None]:
-        """Save when the data is refused: only the batches raise so, between two steps."""
-        try:
-            yield
-        except RefusedError:
-            self._save()
-            raise
 
     def _save_and_stop(self) -> NoReturn:
         self._save()

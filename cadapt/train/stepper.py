@@ -104,12 +104,13 @@ class Stepper:
         return nullcontext() if self._average is None else self._average.swapped_in()
 
     def to_device(self, images: Tensor, labels: Tensor) -> Batch:
-        """Return a batch on the device, in the run's memory format; the copies do not wait."""
-        if self._config.channels_last and images.ndim == 4:
-            images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
-        else:
-            images = images.to(self._device, non_blocking=True)
-        return images, labels.to(self._device, non_blocking=True)
+        """Return a batch on the device, in the run's memory format; to CUDA the copies do not wait."""
+        last = self._config.channels_last and images.ndim == 4
+        layout = torch.channels_last if last else torch.contiguous_format
+        # MPS would go on reading from memory that the loader meanwhile gives to the next batch (pytorch issue 189690)
+        hurry = self._device.type == "cuda"
+        images = images.to(self._device, non_blocking=hurry, memory_format=layout)
+        return images, labels.to(self._device, non_blocking=hurry)
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the model's logits [B, classes] in the run's precision, at least float32."""

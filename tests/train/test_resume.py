@@ -10,11 +10,11 @@ from functools import partial
 import pytest
 import torch
 
-from cadapt.errors import InterruptedRunError, RefusedError, UsageError
+from cadapt.errors import CadaptError, InterruptedRunError, RefusedError, UsageError
 from cadapt.train import FitData, Notice, RunFolder, RunStarted, Saved, fit
 from cadapt.train.checkpoint import read_state, write_state
 
-from .runs import CONFIG, Block, load_weights, make_data, make_model, run, run_in_process, save_weights
+from .runs import CONFIG, Block, Loader, load_weights, make_data, make_model, run, run_in_process, save_weights
 
 TIMES = {"images_per_second", "seconds"}
 
@@ -49,6 +49,32 @@ def test_the_reference_trains_and_moves_its_buffers(reference):
     assert not torch.equal(fresh["adapter.weight"], last["adapter.weight"])
     assert not torch.equal(fresh["norm.running_mean"], last["norm.running_mean"])
     assert torch.equal(fresh["conv.weight"], last["conv.weight"])
+
+
+@pytest.mark.parametrize("error", [CadaptError("a loading worker died"), OSError(24, "Too many open files")])
+@pytest.mark.parametrize("place", ["training", "validation"])
+def test_what_stops_the_batches_loses_no_step(tmp_path, reference, error, place):
+    class Failing(Loader):
+        def batches(self, epoch, start_step=0):
+            for step, batch in enumerate(super().batches(epoch, start_step)):
+                if epoch == 1 and step == 3:
+                    raise error
+                yield batch
+
+    def failing():
+        yield from list(make_data().validation())[:1]
+        raise error
+
+    data = make_data()
+    changed = {"train": Failing(data.train.images)} if place == "training" else {"validation": failing}
+    seldom = replace(CONFIG, save_every_seconds=1e6)
+    with pytest.raises(type(error)) as caught:
+        run(tmp_path / "run", seldom, data=replace(data, **changed))
+    assert caught.value is error
+    ledger = read_state(tmp_path / "run" / "state.pt")["ledger"]
+    assert (ledger["epoch"], ledger["step"]) == ((1, 3) if place == "training" else (0, 6))
+    run(tmp_path / "run", CONFIG, resume=True)
+    assert_same_run(tmp_path / "run", reference)
 
 
 @pytest.mark.parametrize("workers", [0, 2, 4])

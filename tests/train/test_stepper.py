@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from cadapt.errors import RefusedError
 from cadapt.train import TrainConfig
@@ -145,3 +146,36 @@ def test_thinning_keeps_both_ends():
     short = thinned(curve)
     assert len(short) == 50
     assert (short[0], short[-1]) == (0.0, 999.0)
+
+
+def stepper_on(device: str, *, channels_last: bool) -> Stepper:
+    model = make_model()
+    config = replace(CONFIG, channels_last=channels_last)
+    return Stepper(model, Learnt(model), config, class_count=3, device=torch.device(device), precision="fp32")
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_batches_come_in_the_format_of_the_settings(channels_last):
+    """The loader's are pixel by pixel, whatever the settings."""
+    given = torch.rand(2, 5, 4, 3).permute(0, 3, 1, 2)
+    images, _ = stepper_on("cpu", channels_last=channels_last).to_device(given, torch.zeros(2))
+    assert torch.equal(images, given)
+    assert images.is_contiguous(memory_format=torch.channels_last) is channels_last
+    assert images.is_contiguous() is not channels_last
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("mps", True)])
+def test_only_cuda_copies_what_may_be_written_to_meanwhile(device, waits):
+    asked = []
+
+    class Moves(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is not torch.Tensor.to:
+                return func(*args, **(kwargs or {}))
+            asked.append(kwargs["non_blocking"])
+            return args[0]
+
+    stepper = stepper_on(device, channels_last=True)
+    with Moves():
+        stepper.to_device(torch.rand(2, 3, 4, 4), torch.zeros(2))
+    assert asked == [not waits] * 2
