@@ -171,5 +171,5 @@ def _estimate(known: MemoryForecast, half: MemoryForecast) -> int:
     """The batch that would fit if a step's bytes were affine in the batch, and fewer than one that does not fit."""
     each = (known.step_bytes - half.step_bytes) / (known.batch_size - half.batch_size)
     rest = half.total_bytes - half.resident_bytes - each * half.batch_size
-    most = known.batch_size - 1
-    return max(1, min(most, int((known.usable_bytes - rest) / each))) if each > 0 else most
+    # where the batch makes no difference, one picture settles whether any fits
+    return max(1, min(known.batch_size - 1, int((known.usable_bytes - rest) / each))) if each > 0 else 1

@@ -67,11 +67,12 @@ def count_activations(
     768
     """
     shape = (batch, *check_shape(input_size, batch))
-    rehearsal = rehearse(model, torch.device(device), precision, disposable=disposable)
     watch = _Kept()
-    with explaining(model, shape), rehearsal.world:
-        outputs = _forward(rehearsal, rehearsal.images(shape, channels_last=channels_last), precision, watch)
-        kept = watch.total(rehearsal.own_storages())
+    with explaining(model, shape):
+        rehearsal = rehearse(model, torch.device(device), precision, disposable=disposable)
+        with rehearsal.world:
+            outputs = _forward(rehearsal, rehearsal.images(shape, channels_last=channels_last), precision, watch)
+            kept = watch.total(rehearsal.own_storages())
     del outputs  # held until here: what no output depends on is freed, and rightly not counted
     return kept
 
@@ -92,10 +93,17 @@ def measure_step(
     must be one that this machine has: autograd asks its driver.
     """
     shape = (batch, *check_shape(input_size, batch))
-    rehearsal = rehearse(model, torch.device(device), precision)
+    with explaining(model, shape):
+        rehearsal = rehearse(model, torch.device(device), precision)
+        return _measured(rehearsal, shape, precision, channels_last=channels_last, accumulate=accumulate)
+
+
+def _measured(
+    rehearsal: Rehearsal, shape: tuple[int, ...], precision: str, *, channels_last: bool, accumulate: int
+) -> StepBytes:
     trained = [item for item in rehearsal.model.parameters() if item.requires_grad]
     watch, live = _Kept(), _Live()
-    with explaining(model, shape), rehearsal.world, live:
+    with rehearsal.world, live:
         if accumulate > 1:
             for item in trained:
                 item.grad = torch.zeros_like(item)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +117,29 @@ def test_a_model_that_cannot_be_counted_is_told_and_not_refused() -> None:
 
     (line,) = memory_notices(Reader(), setting(2))
     assert line.startswith("the memory that this takes is unknown: cannot count Reader for an input of 2×3×16×16")
+
+
+def test_a_model_that_cannot_be_copied_is_told_too() -> None:
+    model = net()
+    model.lock = threading.Lock()
+    (line,) = memory_notices(model, setting(2))
+    assert line.startswith("the memory that this takes is unknown: cannot count Sequential for an input of 2×3×16×16")
+
+
+def test_where_the_batch_makes_no_difference_it_is_known_at_once(free: Free, monkeypatch: pytest.MonkeyPatch) -> None:
+    free(None)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10**6))
+    model[2].requires_grad_(True)
+    real, counted = forecast, []
+
+    def count(*args: Any, **options: Any) -> MemoryForecast:
+        counted.append(real(*args, **options))
+        return replace(counted[-1], step_bytes=10**8)
+
+    monkeypatch.setattr("cadapt.costing.run_memory.forecast", count)
+    free(10**3)
+    assert fitting_batch(model, setting(64), count(model, setting(64))) is None
+    assert len(counted) == 3
 
 
 def test_settings_of_no_sense_are_refused() -> None:
