@@ -4,8 +4,8 @@ Three operators of torch's library, so that compiled and traced graphs take them
 `inside_bits` say of every element whether it is let through, `masked_gradient` applies that to a gradient. The bits
 follow the tensor's own order in memory, so a tensor in channels_last is not copied.
 
-On the CPU the bits are packed by numpy, in pieces that the processor's cache holds. Elsewhere eight elements at a time by
-a product of 64-bit numbers, and unpacked by a table: three operations each way, with a byte per element in between.
+On the CPU the bits are packed by numpy, in pieces that the processor's cache holds. Elsewhere eight elements at a time
+by a product of 64-bit numbers, and unpacked by a table: three operations each way, with a byte per element in between.
 """
 
 from collections.abc import Callable

@@ -29,3 +29,9 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def cast_bias(bias: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     """The same for a bias that may be missing."""
     return None if bias is None else cast(bias, dtype)
+
+
+def cast_with_source(y: Tensor, source: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """The same for an operand and what is kept in its place; where the two are one, its cast is what is kept."""
+    narrow = cast(y, dtype)
+    return narrow, narrow if source is y else source

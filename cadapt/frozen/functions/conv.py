@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from cadapt.frozen.functions.casting import autocast_dtype, cast, cast_bias
+from cadapt.frozen.functions.casting import autocast_dtype, cast, cast_bias, cast_with_source
 from cadapt.frozen.functions.products import takes_onednn
 
 Pair = tuple[int, int]
@@ -75,7 +75,8 @@ def conv2d_through(
     if not weight.requires_grad:
         return frozen_conv2d(y, weight, bias, stride, padding, dilation, groups)
     dtype = autocast_dtype(y.device)
-    y, weight, bias = cast(y, dtype), cast(weight, dtype), cast_bias(bias, dtype)
+    y, source = cast_with_source(y, source, dtype)
+    weight, bias = cast(weight, dtype), cast_bias(bias, dtype)
     geometry = (stride, padding, dilation, groups)
     result: Tensor = _ConvThrough.apply(y, source.detach(), recompute, weight, bias, geometry)
     return result

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from cadapt.frozen.functions import products
-from cadapt.frozen.functions.casting import autocast_dtype, cast, cast_bias
+from cadapt.frozen.functions.casting import autocast_dtype, cast, cast_bias, cast_with_source
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -51,7 +51,8 @@ def linear_through(
     if not weight.requires_grad:
         return frozen_linear(y, weight, bias)
     dtype = autocast_dtype(y.device)
-    y, weight, bias = cast(y, dtype), cast(weight, dtype), cast_bias(bias, dtype)
+    y, source = cast_with_source(y, source, dtype)
+    weight, bias = cast(weight, dtype), cast_bias(bias, dtype)
     result: Tensor = _LinearThrough.apply(y, source.detach(), recompute, weight, bias)
     return result
 
