@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -22,5 +23,7 @@ def collector_paused() -> Iterator[None]:
     try:
         yield
         gc.freeze()
+        # else libraries that look for leaks when the process ends would find, and tell, hundreds
+        atexit.register(gc.unfreeze)
     finally:
         gc.enable()
