@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from cadapt.frozen.functions.relu import relu_bits, relu_result
 from cadapt.frozen.overwriting import FRESH, add_into
 from cadapt.frozen.program import Program, sizes
-from cadapt.frozen.spans import Span, least_kept, least_peak, peak_of
+from cadapt.frozen.spans import Span, least_peak
 from cadapt.frozen.stretches import computed_inside, enclose
 from cadapt.graph.flow import immediate_dominators, mark_flow
 from cadapt.graph.operators import may_alias, mutates_input
@@ -86,15 +86,11 @@ class _KeptRecorder(fx.Interpreter):
 def _choose(program: Program, nodes: Sequence[fx.Node], kept: Sequence[dict[int, int]], most_macs: float) -> list[Span]:
     """The spans to compute again: all that lower the peak, or those that are cheap."""
     cuts = _cuts(program, nodes)
-    spans = _measure_spans(program, nodes, kept, cuts)
-    if most_macs == math.inf:
-        return least_peak(len(cuts), spans)
-    cheap = {
+    spans = {
         key: replace(item, is_whole=item.is_whole and item.macs <= most_macs * item.inner_bytes)
-        for key, item in spans.items()
+        for key, item in _measure_spans(program, nodes, kept, cuts).items()
     }
-    found = least_kept(len(cuts), cheap, peak_of(len(cuts), cheap))
-    return [] if found is None else found[1]
+    return least_peak(len(cuts), spans)
 
 
 def _measure_spans(

@@ -290,7 +290,9 @@ def _memory_explained(config: TrainConfig) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         half = config.batch_size // 2
         hint = f"use --batch-size {half} --accumulate {2 * config.accumulate}: the same step from half the memory"
+        if config.memory != "min":
+            hint += "; or --memory min, for time"
         raise CadaptError(
             f"the device ran out of memory with {config.batch_size} images per batch",
-            hint=hint if half else "use --precision bf16, or smaller images",
+            hint=hint if half else "use --memory min, --precision bf16 or smaller images",
         ) from error
