@@ -93,14 +93,14 @@ def train_bundle(
                 run=run,
                 on_event=on_event,
                 save_weights=saver,
-                prepare_forward=_forward_of(config, tell),
+                prepare_forward=_forward_of(config, len(data.train), tell),
             )
     model.training_record = _record(data.record, options, {"config": config.to_json(), **result.to_json()})
     trained = sum(item.numel() for item in model.parameters() if item.requires_grad)
     return Trained(bundle=to_bundle(model), result=result, trainable_parameters=trained, data=data.record)
 
 
-def _forward_of(config: TrainConfig, tell: Callable[[Event], None]) -> PrepareForward:
+def _forward_of(config: TrainConfig, pictures: int, tell: Callable[[Event], None]) -> PrepareForward:
     """What trains in the model's place: the same computation, keeping less; its memory is told before it is taken."""
 
     def prepare_forward(model: nn.Module, precision: str, /) -> nn.Module:
@@ -111,7 +111,7 @@ def _forward_of(config: TrainConfig, tell: Callable[[Event], None]) -> PrepareFo
         channels, height, width = model.preprocessing.input_size
         setting = StepSetting(
             input_size=(channels, height, width),
-            batch_size=config.batch_size,
+            batch_size=min(config.batch_size, pictures),
             accumulate=config.accumulate,
             device=str(next(model.parameters()).device),
             precision=precision,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +32,8 @@ from cadapt.train.validation import ValidationStoppedError, validate
 
 # Events for a display are sent at most this often: reading the numbers makes the GPU's queue run dry.
 SECONDS_BETWEEN_STEP_EVENTS = 0.5
+# How long a signal sent to a run's readers may reach this process after them.
+SECONDS_FOR_SIGNALS = 0.1
 
 
 def fit(
@@ -88,7 +90,7 @@ class _Loop:
         session = self._session
         self._announce()
         while session.ledger.epoch < session.config.epochs:
-            with _memory_explained(session.config), self._feed.saved_if_it_fails(self._save):
+            with _memory_explained(session.config), self._feed.saved_if_it_fails(self._save_after_failure):
                 self._train_epoch()
                 validation = self._validate()
             self._close_epoch(validation)
@@ -253,6 +255,13 @@ class _Loop:
         if session.run is not None:
             ledger = session.ledger
             self._emit(Saved(path=str(session.run.path), epoch=ledger.epoch, step=ledger.step))
+
+    def _save_after_failure(self) -> None:
+        """Save; a termination sent to all of a run's processes ends its readers first, and is what stopped it."""
+        self._save()
+        sleep(SECONDS_FOR_SIGNALS)
+        if self._stop.received is not None:
+            raise self._interrupted()
 
     def _save_and_stop(self) -> NoReturn:
         self._save()

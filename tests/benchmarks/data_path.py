@@ -138,6 +138,8 @@ def measure_epochs(begin: dict[str, Begin], epochs: int) -> dict[str, list[float
         for name, start in begin.items():
             began = time.perf_counter()
             count = sum(1 for _ in start(max(epoch, 0)))
+            if count == 0:
+                sys.exit("no full batch of 64 in so few files: take more --images")
             if epoch >= 0:
                 seconds[name].append((time.perf_counter() - began) / count)
     return seconds

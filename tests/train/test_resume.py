@@ -253,3 +253,24 @@ def test_one_that_was_stopped_in_validation_validates_first(tmp_path, reference)
         run(tmp_path / "run", data=stopped)
     run(tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", reference)
+
+
+def test_a_termination_of_all_processes_is_no_failure_of_the_readers(tmp_path, reference):
+    """Sent to the whole group, SIGTERM ends the readers before the run has heard of it."""
+    data = make_data()
+
+    class Stopped:
+        steps_per_epoch = data.train.steps_per_epoch
+
+        def batches(self, epoch, start_step=0):
+            for number, batch in enumerate(data.train.batches(epoch, start_step)):
+                if epoch == 1 and number == 2:
+                    signal.raise_signal(signal.SIGTERM)
+                    raise CadaptError("a loading worker died")
+                yield batch
+
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM") as caught:
+        run(tmp_path / "run", data=replace(data, train=Stopped()))
+    assert caught.value.exit_code == 143
+    run(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", reference)
