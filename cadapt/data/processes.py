@@ -33,3 +33,12 @@ def leave_signals_to_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+
+
+def outlive_once(signum: int, _frame: object) -> None:
+    """Handle a first termination by waiting for a second.
+
+    The first may be sent to the whole process group (timeout, systemd and Slurm do that): the parent hears it as well,
+    saves, and ends its readers itself; one that died before would break the step in which the parent is.
+    """
+    signal.signal(signum, signal.SIG_DFL)

@@ -6,6 +6,7 @@ depend on which worker it is or on what it did before. The run's own signal hand
 
 from __future__ import annotations
 
+import signal
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from cadapt.data.folder import Images
 from cadapt.data.fused import FusedTransform
 from cadapt.data.images import UnreadableImage
 from cadapt.data.memory import BatchMemory
-from cadapt.data.processes import leave_signals_to_parent, signals_held_back
+from cadapt.data.processes import leave_signals_to_parent, outlive_once, signals_held_back
 from cadapt.data.seeding import derive_seed, preserved_generators, seed_generators
 from cadapt.errors import CadaptError
 
@@ -211,3 +212,4 @@ def _as_it_is(batch: Any) -> Any:
 
 def _prepare_worker(_worker: int) -> None:
     leave_signals_to_parent()
+    signal.signal(signal.SIGTERM, outlive_once)
