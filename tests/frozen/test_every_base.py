@@ -107,7 +107,7 @@ def in_double(grads: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tenso
     return {name: None if grad is None else grad.double() for name, grad in grads.items()}
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", ["low", "min"])
 @pytest.mark.parametrize("trait", ["plain", "depth-wise", "dense", "pooled", "mixed-kernels", "re-parameterised"])
 @pytest.mark.parametrize("scheme", ["conv-par", "norm"])
 def test_norms_that_train(trait: str, scheme: str, memory: str) -> None:
