@@ -17,13 +17,12 @@ from cadapt.frozen.functions.elementwise import activation
 from cadapt.frozen.functions.linear import frozen_linear
 from cadapt.frozen.functions.norm import frozen_layer_norm
 from cadapt.frozen.functions.relu import relu_result
-from cadapt.frozen.keeping import conv2d_behind, linear_behind, mul_behind
+from cadapt.frozen.keeping import conv2d_behind, linear_behind
 from cadapt.frozen.program import Program, readers, sizes
 from cadapt.frozen.stretches import enclose
 
 _WIDENING = 2
 _ARRANGING = (torch.permute, "permute", "transpose", "contiguous")
-_KEEPERS = (conv2d_behind, linear_behind, mul_behind)
 
 
 def recompute_expansions(program: Program) -> None:

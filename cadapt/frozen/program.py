@@ -47,6 +47,7 @@ class Program:
         self.root._buffers.update(model._buffers)
         self.root.training = model.training
         self.own = nn.Module()
+        assert OWN not in model._modules, f"the base has a module of its own named {OWN}"
         self.root.add_module(OWN, self.own)
         self._trainable = {name for name, item in model.named_parameters(remove_duplicate=False) if item.requires_grad}
         floating = (item.dtype for item in model.parameters() if item.is_floating_point())

@@ -142,7 +142,7 @@ def _last_reads(program: Program, nodes: Sequence[fx.Node]) -> list[int]:
 
 
 def _cuts(program: Program, nodes: Sequence[fx.Node]) -> list[int]:
-    """The places of the nodes, in order, that every path from the picture to the logits passes, live ones only."""
+    """The places of the nodes, in order, that every path from the picture to the logits passes."""
     place = {node: index for index, node in enumerate(nodes)}
     mark_flow(program.graph)
     dominators = immediate_dominators(program.graph)

@@ -46,7 +46,8 @@ class TrainConfig:
         seed: of the whole run: each step's randomness comes from (seed, epoch, step) alone.
         compile: run the model through ``torch.compile``.
         memory: what is kept for backward: ``plain`` leaves it to autograd; ``fast``, ``low`` and ``min`` are those of
-            :func:`cadapt.frozen.prepare`. The numbers differ by rounding only.
+            :func:`cadapt.frozen.prepare`. It is for whoever hands ``fit`` its ``prepare_forward``, as ``cadapt train``
+            does; the numbers differ by rounding only.
         keep: which weights the model holds at the end.
         log_every_steps: optimizer steps per line of ``metrics.jsonl``.
         save_every_seconds: time between saves within an epoch; 0 saves after each step.

@@ -68,6 +68,8 @@ class Session:
         self.schedule = schedule_of(config, self.steps)
         self.learnt = Learnt(self.model)
         classes = len(data.classes)
+        # without it the setting has nothing to act on
+        self._memory = "plain" if prepare_forward is None else config.memory
         forward = self.model if prepare_forward is None else prepare_forward(self.model, self.precision)
         self.stepper = Stepper(
             self.model,
@@ -177,7 +179,7 @@ class Session:
         return {
             "device": describe_device(self.device),
             "compile": self.config.compile,
-            "memory": self.config.memory,
+            "memory": self._memory,
             "torch": str(torch.__version__),
         }
 

@@ -15,6 +15,7 @@ from cadapt.errors import UsageError
 from cadapt.frozen import MEMORIES, Memory, prepare
 from cadapt.frozen.program import OWN
 from cadapt.meta import meta_copy
+from cadapt.train import config
 from tests.frozen.programs import adapted, assert_equal_results, pictures, results, saved, toy
 from tests.frozen.toys import CHANNELS, conv, framed
 from tests.models import make_model
@@ -217,3 +218,8 @@ def test_gradients_accumulate_and_clear_as_ever() -> None:
             assert torch.allclose(
                 item.grad, 2 * expected[f"gradient of {name}"], atol=1e-11 * max(scale, 1e-9), rtol=1e-9
             )
+
+
+def test_training_and_the_engine_name_the_same_settings() -> None:
+    """The command line reads train's without torch."""
+    assert ("plain", *MEMORIES) == config.MEMORIES
