@@ -13,7 +13,7 @@ PACKAGE = Path(cadapt.__file__).parent
 LAYERS = (
     ("errors", "version"),
     ("site", "plan", "preprocessing", "kinds"),
-    ("files", "hashing", "known_checkpoints", "checkpoints", "thresholds"),
+    ("files", "hashing", "known_checkpoints", "checkpoints", "thresholds", "tolerance"),
     ("meta", "seeding", "probe", "classifiers"),
     ("graph", "adapters", "head"),
     ("backbone",),
@@ -21,7 +21,7 @@ LAYERS = (
     ("adapted", "surgery"),
     ("bundle",),
     ("frozen",),
-    ("data", "train", "evaluation", "merging", "export", "costing", "analysis", "verify"),
+    ("data", "train", "evaluation", "merging", "combining", "export", "costing", "analysis", "verify"),
     ("describe", "report"),
     ("library",),
     ("jobs",),

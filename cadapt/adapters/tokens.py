@@ -32,9 +32,7 @@ def to_map(x: torch.Tensor, layout: Layout, grid: Pair | None, prefix_tokens: in
     return map_BCHW, map_BCHW[:, :, :0, :1]
 
 
-def from_map(
-    map_BCHW: torch.Tensor, prefix_BCP1: torch.Tensor, layout: Layout, prefix_tokens: int = 0
-) -> torch.Tensor:
+def from_map(map_BCHW: torch.Tensor, prefix_BCP1: torch.Tensor, layout: Layout, prefix_tokens: int = 0) -> torch.Tensor:
     """Undo :func:`to_map`; the prefix is read only where there are ``prefix_tokens``."""
     if layout == "NLC":
         tokens = map_BCHW.flatten(2)

@@ -12,7 +12,7 @@ from cadapt.adapted import disabled
 from cadapt.adapters import get_scheme
 from cadapt.errors import CadaptError, UsageError
 from cadapt.library import from_bundle, to_bundle
-from cadapt.merging import assemble, merge
+from cadapt.merging import exact, merge
 from cadapt.surgery import operate
 from tests.merging.cases import CLASSES, linear, toy, trained
 from tests.models import make_images, surveyed
@@ -170,7 +170,7 @@ def test_a_model_that_is_wrong_as_a_whole_is_not_delivered(monkeypatch: pytest.M
             merged.get_submodule("blocks.0.conv").weight.mul_(1.01)
         return {}
 
-    monkeypatch.setattr(assemble, "move_biases", spoil)
+    monkeypatch.setattr(exact, "move_biases", spoil)
     with pytest.raises(CadaptError, match="is not delivered") as caught:
         merge(linear(toy(nn.Conv2d(8, 8, 3, padding=1))))
     assert "\n" not in caught.value.message
