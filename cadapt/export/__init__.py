@@ -10,17 +10,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cadapt.export.latency import compare_models, measure_latency
     from cadapt.export.pipeline import export_onnx, onnx_bytes
     from cadapt.export.read import OnnxHeader, read_onnx_header
     from cadapt.export.report import Check, ExportReport
 
-__all__ = ["Check", "ExportReport", "OnnxHeader", "export_onnx", "onnx_bytes", "read_onnx_header"]
+__all__ = [
+    "Check",
+    "ExportReport",
+    "OnnxHeader",
+    "compare_models",
+    "export_onnx",
+    "measure_latency",
+    "onnx_bytes",
+    "read_onnx_header",
+]
 
 _HOMES = {
     "Check": "cadapt.export.report",
     "ExportReport": "cadapt.export.report",
     "OnnxHeader": "cadapt.export.read",
+    "compare_models": "cadapt.export.latency",
     "export_onnx": "cadapt.export.pipeline",
+    "measure_latency": "cadapt.export.latency",
     "onnx_bytes": "cadapt.export.pipeline",
     "read_onnx_header": "cadapt.export.read",
 }
