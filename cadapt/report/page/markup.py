@@ -36,7 +36,7 @@ def text(value: str) -> Markup:
     return Markup(escape(printable(value)))
 
 
-def element(name: str, *children: str | Markup, **attributes: Attribute) -> Markup:
+def element(name: str, /, *children: str | Markup, **attributes: Attribute) -> Markup:
     """Return an element of HTML or SVG.
 
     Args:
