@@ -83,8 +83,8 @@ def _expect(reference: Deployable, preprocessing: Preprocessing) -> _Expected:
     return _Expected(images=images, outputs=outputs, scale=scale, largest=largest)
 
 
-def open_session(data: bytes, optimisation: Optimisation) -> Any:
-    """Open a model's bytes in onnxruntime on the CPU, silently.
+def open_session(data: bytes, optimisation: Optimisation, *, threads: int | None = None) -> Any:
+    """Open a model's bytes in onnxruntime on the CPU, silently, with as many threads as torch has unless said.
 
     Raises:
         CadaptError: onnxruntime does not accept it.
@@ -93,7 +93,7 @@ def open_session(data: bytes, optimisation: Optimisation) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     if optimisation == "off":
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
