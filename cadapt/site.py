@@ -16,6 +16,7 @@ from cadapt.kinds import check_kinds
 SiteKind = Literal["block", "conv", "downsample", "stage", "attention", "mlp", "linear", "layer", "input", "head"]
 Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
 Pair = tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 _LEAST = {"grid": 1, "out_grid": 1, "kernel": 1, "stride": 1, "dilation": 1, "prefix_tokens": 0}
 
@@ -31,7 +32,8 @@ class Site:
     is that of its functional conv (or its attention window) and the stride is that from its input to its output;
     ``kernel`` is None where nothing inside has one (pooling, global attention, an MLP).
     A ``layer`` is any convolution, linear layer or norm, and ``input`` the picture, whose path is empty.
-    ``padding`` is ``"same"`` where the base pads at run time by TensorFlow's rule. ``activation`` is the base's own
+    ``padding`` is ``"same"`` where the base pads at run time by TensorFlow's rule; ``padding_mode`` is torch's name for
+    what it pads with, zeros where the site is no conv. ``activation`` is the base's own
     non-linearity at this place by timm's name. ``call`` counts the uses of a module that is called more than once.
     """
 
@@ -52,6 +54,7 @@ class Site:
     prefix_tokens: int = 0
     call: int = 0
     out_grid: Pair | None = None
+    padding_mode: PaddingMode = "zeros"
 
     @property
     def name(self) -> str:

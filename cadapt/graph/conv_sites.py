@@ -50,6 +50,7 @@ def _conv_site(
         padding=unit.conv.padding,
         dilation=unit.conv.dilation,
         groups=unit.conv.groups,
+        padding_mode=unit.conv.padding_mode,
         activation=anatomy.activation(around),
         operator=unit.operator,
         stage=stage,

@@ -9,18 +9,22 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from cadapt.graph.operators import module_of
-from cadapt.site import Pair
+from cadapt.site import PaddingMode, Pair
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conv:
-    """The geometry of one two-dimensional convolution; ``padding`` is ``"same"`` where it pads at run time."""
+    """The geometry of one two-dimensional convolution; ``padding`` is ``"same"`` where it pads at run time.
+
+    ``padding_mode`` is what it pads with, by torch's name.
+    """
 
     kernel: Pair
     stride: Pair
     padding: Pair | Literal["same"]
     dilation: Pair
     groups: int
+    padding_mode: PaddingMode = "zeros"
 
     @property
     def is_wide(self) -> bool:
@@ -64,7 +68,16 @@ def read_conv(module: nn.Module) -> Conv:
         padding="same" if same else pair(settings.padding),
         dilation=pair(settings.dilation),
         groups=int(settings.groups),
+        padding_mode=_mode_of(module),
     )
+
+
+def _mode_of(module: nn.Module) -> PaddingMode:
+    """What a conv pads with; timm's convs that pad or standardise by themselves do not look at torch's setting."""
+    if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
+        return "zeros"
+    mode: PaddingMode = module.padding_mode
+    return mode
 
 
 def conv_of(node: fx.Node, model: nn.Module) -> Conv | None:

@@ -1,0 +1,151 @@
+"""Layers of a merged model that are not timm's any more: plain ones in place of others, noted to be built again.
+
+A weight-standardised convolution that took an adapter up is a plain one from then on, a grouped one may have fewer
+groups, and a layer may have a bias that it had not. The model is otherwise timm's. A checkpoint names these layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from timm.layers import Conv2dSame
+from torch import nn
+
+from cadapt.errors import RefusedError
+from cadapt.site import PaddingMode, Pair
+
+_KINDS: Mapping[str, type[nn.Module]] = {"Conv2d": nn.Conv2d, "Conv2dSame": Conv2dSame, "Linear": nn.Linear}
+_LARGEST = 32_768
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainLayer:
+    """What a plain layer is besides its tensors; a linear layer is nothing more than its ``kind``.
+
+    ``padding`` is torch's word where the layer pads by one; a ``Conv2dSame`` pads by TensorFlow's rule.
+    """
+
+    kind: Literal["Conv2d", "Conv2dSame", "Linear"]
+    stride: Pair = (1, 1)
+    padding: Pair | Literal["same", "valid"] = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    padding_mode: PaddingMode = "zeros"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object that :func:`read_plain` reads back."""
+        return asdict(self)
+
+
+def describe_plain(layer: nn.Module) -> PlainLayer:
+    """The note on a plain layer."""
+    parts: Any = layer
+    if isinstance(layer, nn.Linear):
+        return PlainLayer(kind="Linear")
+    return PlainLayer(
+        kind="Conv2dSame" if type(layer) is Conv2dSame else "Conv2d",
+        stride=parts.stride,
+        padding=parts.padding,
+        dilation=parts.dilation,
+        groups=parts.groups,
+        padding_mode=parts.padding_mode,
+    )
+
+
+def build_plain(note: PlainLayer, weight: torch.Tensor, *, bias: bool, path: str) -> nn.Module:
+    """A layer as noted, of the size of its weight; its values are still to be loaded.
+
+    Raises:
+        RefusedError: the weight is not one of such a layer.
+    """
+    dimensions = 2 if note.kind == "Linear" else 4
+    if weight.dim() != dimensions or not weight.numel() or weight.shape[0] % note.groups:
+        raise RefusedError(f"damaged checkpoint: '{path}' is a {note.kind} with a weight {tuple(weight.shape)}")
+    outputs, inputs = weight.shape[:2]
+    if note.kind == "Linear":
+        return nn.Linear(inputs, outputs, bias=bias, dtype=weight.dtype)
+    kind: Any = _KINDS[note.kind]
+    modes = {} if note.kind == "Conv2dSame" else {"padding_mode": note.padding_mode}
+    layer: nn.Module = kind(
+        inputs * note.groups,
+        outputs,
+        tuple(weight.shape[2:]),
+        stride=note.stride,
+        padding=note.padding,
+        dilation=note.dilation,
+        groups=note.groups,
+        bias=bias,
+        dtype=weight.dtype,
+        **modes,
+    )
+    return layer
+
+
+def read_plain(record: object, path: str) -> PlainLayer:
+    """Read the note on one layer from a file that may be damaged or forged.
+
+    Raises:
+        RefusedError: a value is of the wrong kind, or larger or smaller than it can be.
+    """
+    if not isinstance(record, Mapping) or set(record) - set(PlainLayer.__dataclass_fields__):
+        raise RefusedError(f"damaged checkpoint: the note on '{path:.80}' is {record!r:.80}")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    sound = {
+        "kind": values.get("kind") in _KINDS,
+        "stride": _is_pair(values.get("stride", (1, 1)), least=1),
+        "padding": values.get("padding") in ("same", "valid") or _is_pair(values.get("padding", (0, 0)), least=0),
+        "dilation": _is_pair(values.get("dilation", (1, 1)), least=1),
+        "groups": _is_size(values.get("groups", 1), least=1),
+        "padding_mode": values.get("padding_mode", "zeros") in ("zeros", "reflect", "replicate", "circular"),
+    }
+    wrong = next((name for name, is_sound in sound.items() if not is_sound), None)
+    if wrong is None and values.get("padding") == "same" and values.get("stride", (1, 1)) != (1, 1):
+        wrong = "stride"  # torch pads by "same" without a stride only
+    if wrong is not None:
+        raise RefusedError(f"damaged checkpoint: {wrong} of '{path:.80}' is {values.get(wrong)!r:.60}")
+    return PlainLayer(**values)
+
+
+def _is_pair(value: object, *, least: int) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_size(side, least=least) for side in value)
+
+
+def _is_size(value: object, *, least: int) -> bool:
+    return type(value) is int and least <= value <= _LARGEST
+
+
+def find_exchanged(model: nn.Module, timm_model: nn.Module) -> dict[str, nn.Module]:
+    """The plain layers of a model that stand where timm's architecture has another kind, by path.
+
+    Args:
+        model: a merged model.
+        timm_model: what timm makes of its name, with data or without.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for path, theirs in timm_model.named_modules(remove_duplicate=False):
+        ours = modules.get(path)
+        if ours is None or type(ours) not in _KINDS.values() or not isinstance(theirs, nn.Conv2d | nn.Linear):
+            continue
+        if explain_difference(ours, theirs) is not None:
+            found[path] = ours
+    return found
+
+
+def explain_difference(ours: nn.Module, theirs: nn.Module) -> str | None:
+    """In which way a plain layer is not timm's, as what follows "it is", or None where it is the same."""
+    mine, own = _structure(ours), _structure(theirs)
+    if type(ours) is not type(theirs):
+        return f"a plain {type(ours).__name__} now, whose weight timm's {type(theirs).__name__} would compute anew"
+    if mine["groups"] != own["groups"]:
+        return f"a conv of {mine['groups']} groups now, the timm model's of {own['groups']}"
+    if mine["bias"] != own["bias"]:
+        return "a layer with a bias now, which the timm model's has not"
+    return None
+
+
+def _structure(layer: nn.Module) -> dict[str, Any]:
+    return {"groups": getattr(layer, "groups", 1), "bias": layer.bias is not None}
