@@ -21,27 +21,34 @@ if TYPE_CHECKING:
     from cadapt.evaluation import evaluate
     from cadapt.export import export_onnx
     from cadapt.library import insert, load, save
-    from cadapt.merging import merge
+    from cadapt.merging import Fit, merge, to_deltas
+    from cadapt.tolerance import Tolerance, parse_tolerance
     from cadapt.train import fit
 
 _HOMES = {
     "AdaptedModel": "cadapt.adapted",
-    "disabled": "cadapt.adapted",
+    "Fit": "cadapt.merging",
     "SCHEMES": "cadapt.adapters",
+    "Tolerance": "cadapt.tolerance",
     "cost": "cadapt.costing",
+    "disabled": "cadapt.adapted",
     "evaluate": "cadapt.evaluation",
     "export_onnx": "cadapt.export",
     "fit": "cadapt.train",
     "insert": "cadapt.library",
     "load": "cadapt.library",
     "merge": "cadapt.merging",
+    "parse_tolerance": "cadapt.tolerance",
     "save": "cadapt.library",
+    "to_deltas": "cadapt.merging",
 }
 
 __all__ = [
     "SCHEMES",
     "AdaptedModel",
     "CadaptError",
+    "Fit",
+    "Tolerance",
     "__version__",
     "cost",
     "disabled",
@@ -51,7 +58,9 @@ __all__ = [
     "insert",
     "load",
     "merge",
+    "parse_tolerance",
     "save",
+    "to_deltas",
 ]
 
 
