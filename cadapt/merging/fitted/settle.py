@@ -1,0 +1,105 @@
+"""What a fitted merge says of each adapter: the rows of the exact merge, with what was measured and became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from cadapt.merging.fitted.hosts import Joint
+from cadapt.merging.fitted.options import Fit
+from cadapt.merging.fitted.stand_in import Measured
+from cadapt.merging.fitted.workbench import Fold
+from cadapt.merging.report import SiteMerge
+
+_STAYING = ("kept", "simplified", "refused")
+
+
+def settle_rows(
+    rows: Sequence[SiteMerge],
+    joints: Sequence[Joint],
+    measured: Sequence[Measured],
+    folds: Sequence[Fold],
+    folded: int,
+    *,
+    before: nn.Module,
+    after: nn.Module,
+    notes: Mapping[str, str],
+    fit: Fit,
+) -> tuple[SiteMerge, ...]:
+    """The rows of all adapters.
+
+    Args:
+        rows: as the exact merge left them; those that stayed are the joints', in order.
+        joints: of the adapters that stayed.
+        measured: each of them before any was folded.
+        folds: all of them, in the frontier's order.
+        folded: how many of the folds were done.
+        before: the model that was folded.
+        after: what came of it.
+        notes: where a layer's new bias went, by the layer's path.
+        fit: what was asked for.
+    """
+    step = {fold.index: number for number, fold in enumerate(folds, start=1)}
+    action = {fold.index: fold.action for fold in folds[:folded]}
+    settled = []
+    index = 0
+    for row in rows:
+        if row.status not in _STAYING:
+            settled.append(row)
+            continue
+        found, joint = measured[index], joints[index]
+        row = replace(
+            row,
+            linear_share=found.linear_share,
+            relative_size=found.relative_size,
+            r2=found.r2,
+            hosts=tuple(host.path for host in joint.hosts),
+            step=step[index],
+        )
+        if index in action:
+            settled.append(_gone(row, action[index], before, after, notes))
+        else:
+            settled.append(replace(row, reason=f"{row.reason}; {_why_not(row, fit)}"))
+        index += 1
+    return tuple(settled)
+
+
+def _gone(row: SiteMerge, action: str, before: nn.Module, after: nn.Module, notes: Mapping[str, str]) -> SiteMerge:
+    nothing = replace(row, parameters_after=0, macs_after=0, error_fp64=None, error_fp32=None)
+    if action == "dropped":
+        return replace(nothing, status="dropped", hosts=(), reason="the model is within the tolerance without it")
+    grown = sum(_bias_count(after, path) - _bias_count(before, path) for path in row.hosts)
+    taken = f"{row.hosts[0]}" + (f" and {len(row.hosts) - 1} more" if len(row.hosts) > 1 else "")
+    return replace(
+        nothing,
+        status="fitted",
+        reason=f"a kernel in {taken} stands in for {row.r2 or 0.0:.0%} of it",
+        note="; ".join(notes[path] for path in row.hosts if path in notes),
+        parameters_after=grown,
+        relative_update=_update(before, after, row.hosts),
+    )
+
+
+def _why_not(row: SiteMerge, fit: Fit) -> str:
+    if not row.hosts:
+        return "no layer of the base reaches its joint linearly, and without it the model leaves the tolerance"
+    return f"a kernel would stand in for {row.r2 or 0.0:.0%} of it, and folding it leaves the tolerance {fit.tolerance}"
+
+
+def _bias_count(model: nn.Module, path: str) -> int:
+    bias = getattr(model.get_submodule(path), "bias", None)
+    return 0 if bias is None else int(bias.numel())
+
+
+def _update(before: nn.Module, after: nn.Module, paths: Sequence[str]) -> float | None:
+    """‖ΔW‖/‖W‖ over the hosts together, for all that they took up; None where one had no weight of its own before."""
+    change = size = 0.0
+    for path in paths:
+        old: Any = before.get_submodule(path)
+        new: Any = after.get_submodule(path)
+        change += float((new.weight - old.weight).square().sum())
+        size += float(old.weight.square().sum())
+    return (change / size) ** 0.5 if size else None

@@ -1,0 +1,43 @@
+"""Running a model's graph up to some of its values, and handing those out as they are at their moment.
+
+Base models overwrite tensors in place, so a value is copied as soon as it is there; nothing is run beyond the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import fx
+
+from cadapt.adapted import AdaptedModel
+
+
+class _SeenAllError(Exception):
+    """All values that were asked for are there."""
+
+
+class _Watch(fx.Interpreter):
+    def __init__(self, model: AdaptedModel, wanted: Collection[fx.Node]) -> None:
+        super().__init__(model, garbage_collect_values=True, graph=model.graph)  # type: ignore[arg-type]
+        self.wanted = set(wanted)
+        self.values: dict[fx.Node, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.wanted:
+            self.values[n] = result.clone()
+            if len(self.values) == len(self.wanted):
+                raise _SeenAllError
+        return result
+
+
+@torch.no_grad()
+def values_of(model: AdaptedModel, wanted: Collection[fx.Node], images: torch.Tensor) -> dict[fx.Node, torch.Tensor]:
+    """Copies of the values of nodes of the model's graph for pictures ``[B, C, H, W]``."""
+    watch = _Watch(model, wanted)
+    with suppress(_SeenAllError):  # the way out of the interpreter
+        watch.run(images)
+    return watch.values
