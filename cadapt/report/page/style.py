@@ -15,7 +15,9 @@ LIGHT: Mapping[str, str] = {
     "muted": "#56606b",
     "rule": "#d9dee4",
     "gone": "#0b5fa5",
+    "soft": "#4a90cc",
     "stays": "#a34b00",
+    "light": "#c9803a",
     "refused": "#a5123f",
     "good": "#0b5fa5",
     "bad": "#a5123f",
@@ -29,7 +31,9 @@ DARK: Mapping[str, str] = {
     "muted": "#a3adb8",
     "rule": "#343c46",
     "gone": "#74b9f2",
+    "soft": "#3f82bd",
     "stays": "#f2a65a",
+    "light": "#b5712c",
     "refused": "#ff8a9c",
     "good": "#74b9f2",
     "bad": "#ff8a9c",
@@ -46,7 +50,7 @@ _SHEET = """
 * { box-sizing: border-box; }
 html { background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%; }
 body {
-  margin: 0 auto; max-width: 72rem; padding: 3rem 2rem 2rem;
+  margin: 0 auto; max-width: 80rem; padding: 3rem 2rem 2rem;
   font: 400 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", Arial, sans-serif;
 }
 h1, h2, p, ul, dl, dd, figure { margin: 0; padding: 0; }
@@ -55,18 +59,19 @@ h2 { font-size: 1.2rem; line-height: 1.3; font-weight: 650; letter-spacing: -.00
 section { margin-top: 3.25rem; }
 .eyebrow { color: var(--muted); font-size: .8125rem; font-weight: 600; letter-spacing: .06em;
   text-transform: uppercase; margin-bottom: .5rem; }
-.verdict { font-size: 1.1875rem; line-height: 1.45; margin: .75rem 0 1rem; max-width: 46em; overflow-wrap: anywhere; }
-.lead { color: var(--muted); max-width: 46em; margin: .25rem 0 1.25rem; font-size: .9375rem; overflow-wrap: anywhere; }
-.badge { display: inline-block; border: 1px solid currentColor; border-radius: 1rem; padding: .125rem .75rem;
-  font-size: .8125rem; font-weight: 600; margin-bottom: 1.25rem; }
-.badge.good { color: var(--good); } .badge.bad { color: var(--bad); } .badge.plain { color: var(--muted); }
+.verdict { font-size: 1.1875rem; line-height: 1.45; margin: .75rem 0 1rem; max-width: 46em; text-wrap: pretty; overflow-wrap: anywhere; }
+.lead { color: var(--muted); max-width: 46em; margin: .25rem 0 0; text-wrap: pretty; font-size: .9375rem; overflow-wrap: anywhere; }
+.badges { display: flex; flex-wrap: wrap; gap: .5rem; list-style: none; }
+.badges li { border: 1px solid currentColor; border-radius: 1rem; padding: .125rem .75rem; font-size: .8125rem;
+  font-weight: 600; overflow-wrap: anywhere; }
+.badges .good { color: var(--good); } .badges .bad { color: var(--bad); } .badges .plain { color: var(--muted); }
 footer { color: var(--muted); font-size: .8125rem; border-top: 1px solid var(--rule); margin-top: 3.5rem;
   padding-top: 1rem; }
 code, .code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; font-size: .92em;
   font-variant-ligatures: none; }
 
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: 1px; list-style: none;
-  margin-top: 2rem; background: var(--rule); border: 1px solid var(--rule); border-radius: 6px; overflow: hidden; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(14.5rem, 1fr)); list-style: none;
+  margin-top: 2rem; border: 1px solid var(--rule); border-radius: 6px; overflow: hidden; }
 .tiles li { background: var(--paper); padding: .875rem 1rem 1rem; display: flex; flex-direction: column;
   box-shadow: 0 0 0 1px var(--rule); }
 .tiles .label { color: var(--muted); font-size: .8125rem; }
@@ -75,11 +80,12 @@ code, .code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation
 .tiles .detail { color: var(--muted); font-size: .8125rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
 .tiles .good .value { color: var(--good); } .tiles .bad .value { color: var(--bad); }
 
+section > .frame, section > dl { margin-top: 1.25rem; }
 .frame { overflow-x: auto; border-top: 1px solid var(--rule); border-bottom: 1px solid var(--rule); }
 .frame:focus-visible { outline: 2px solid var(--gone); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: .8125rem; line-height: 1.4; }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-th, td { padding: .375rem .625rem; text-align: left; vertical-align: baseline; font-weight: 400; }
+th, td { padding: .375rem .5rem; text-align: left; vertical-align: baseline; font-weight: 400; }
 th:first-child, td:first-child { padding-left: .25rem; }
 thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; white-space: nowrap;
   border-bottom: 1px solid var(--rule); }
@@ -87,7 +93,7 @@ thead th.group { text-align: center; border-bottom: 0; padding-bottom: 0; }
 tbody tr + tr > * { border-top: 1px solid var(--rule); }
 tbody tr.marked { background: var(--marked); }
 .figure { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.wide { min-width: 18rem; display: block; overflow-wrap: anywhere; }
+.wide { min-width: 13rem; display: block; overflow-wrap: anywhere; }
 .frame .code { max-width: 22rem; min-width: 8rem; overflow-wrap: anywhere; }
 .status { white-space: nowrap; }
 
@@ -95,10 +101,14 @@ svg { display: block; overflow: visible; }
 svg text { font-size: 12px; fill: var(--muted); font-variant-numeric: tabular-nums; }
 svg text.strong { fill: var(--ink); font-weight: 600; }
 svg.mark { display: inline-block; vertical-align: -1px; margin-right: .4em; }
-.fill-gone, .gone .solid { fill: var(--gone); } .fill-stays, .stays .solid { fill: var(--stays); }
-.fill-refused, .refused .solid { fill: var(--refused); }
-.gone .line { stroke: var(--gone); } .stays .line { stroke: var(--stays); } .refused .line { stroke: var(--refused); }
-.line { fill: var(--paper); stroke-width: 1.75; }
+.s-exact, .s-dropped { --c: var(--gone); } .s-fitted { --c: var(--soft); } .s-simplified { --c: var(--light); }
+.s-kept { --c: var(--stays); } .s-refined { --c: var(--ink); } .s-refused { --c: var(--refused); }
+.solid { fill: var(--c); }
+.line { fill: var(--paper); stroke: var(--c); stroke-width: 1.75; }
+.cell { fill: var(--c); stroke: var(--paper); stroke-width: 1.5; }
+.cell.s-dropped { fill: var(--allowed); stroke: var(--c); }
+.fill { fill: var(--c); }
+.s-dropped .fill { fill: var(--allowed); stroke: var(--c); }
 .grid { stroke: var(--rule); stroke-width: 1; }
 .axis { stroke: var(--muted); stroke-width: 1; }
 .path { stroke: var(--gone); stroke-width: 1.75; stroke-linecap: round; }
@@ -116,7 +126,10 @@ svg text.bound-name { fill: var(--stays); }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none; margin: .75rem 0 0;
   font-size: .8125rem; color: var(--muted); }
 .legend + .frame, .plot + .legend + details { margin-top: 1.25rem; }
-.strip { margin-top: .5rem; }
+.strip { margin: .5rem 0 1rem; }
+.whisker { min-width: 9rem; }
+.s-base { --c: var(--muted); }
+.heard { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 details { margin-top: 1.25rem; font-size: .875rem; }
 summary { cursor: pointer; color: var(--gone); margin-bottom: .5rem; }
 details .frame { margin-top: .5rem; }
@@ -127,7 +140,8 @@ details .frame { margin-top: .5rem; }
 .layers tbody tr + tr > * { border-top-color: var(--panel); }
 .layers .bar { display: flex; align-items: center; gap: .5rem; }
 .layers .bar svg { flex: 1 1 auto; min-width: 0; }
-.layers .bar span { flex: 0 0 3.4em; text-align: right; font-variant-numeric: tabular-nums; }
+.layers thead span { display: block; font-weight: 400; }
+.layers .bar span { flex: 0 0 4.25em; text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 
 dl { display: grid; gap: .625rem; font-size: .875rem; max-width: 60rem; }
 dl div { display: grid; grid-template-columns: 13rem 1fr; gap: 1rem; }
@@ -146,7 +160,9 @@ dt { font-weight: 600; } dd { color: var(--muted); overflow-wrap: anywhere; }
     padding: .5rem 0 0; }
   .layers td { flex: 1 1 0; min-width: 0; border-top: 0 !important; padding: 0 .5rem .375rem 0; }
   .layers thead th { flex: 1 1 0; padding-left: 0; }
-  .layers thead th:first-child { display: none; }
+  .layers thead th:first-child, .layers thead span { display: none; }
+  .layers .bar { flex-direction: column-reverse; align-items: stretch; gap: 0; }
+  .layers .bar svg, .layers .bar span { flex: 0 0 auto; text-align: left; }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }

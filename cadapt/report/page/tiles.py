@@ -26,9 +26,9 @@ def tiles(found: Iterable[Tile]) -> Markup:
     return element("ul", joined(map(_tile, found)), class_="tiles")
 
 
-def badge(said: str, tone: Tone) -> Markup:
-    """A short judgement in a frame; its words carry it, the colour only repeats them."""
-    return element("p", element("span", said, class_=f"badge {tone}"))
+def badges(found: Iterable[tuple[str, Tone]]) -> Markup:
+    """Short judgements in a frame each; their words carry them, the colour only repeats them."""
+    return element("ul", joined(element("li", said, class_=tone) for said, tone in found), class_="badges")
 
 
 def _tile(tile: Tile) -> Markup:
