@@ -143,6 +143,21 @@ def find_images(folder: str | Path, *, minimum_classes: int = 2, subfolders: Seq
     return ImageSet(root=root, samples=samples, classes=classes)
 
 
+def find_unlabelled(folder: str | Path) -> ImageSet:
+    """Find all pictures in a folder and below it, by path, whatever its subfolders mean: their labels are -1.
+
+    Raises:
+        UsageError: there is no such folder.
+        RefusedError: there are no pictures in it, or a link in it leads back to a folder above.
+    """
+    root = require_folder(folder)
+    found: list[str] = []
+    _collect(str(root), "", (), found)
+    if not found:
+        raise RefusedError(f"no images in '{root}' or below it: looked for {_extensions()}")
+    return ImageSet(root=root, samples=tuple((path, -1) for path in sorted(found)), classes=(root.resolve().name,))
+
+
 def require_folder(folder: str | Path) -> Path:
     """Return the folder's path if it is there.
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from cadapt.bundle import Bundle, bundle_bytes
 from cadapt.errors import CadaptError, UsageError, close_matches
 from cadapt.export import ExportReport, onnx_bytes
 from cadapt.jobs.judging import trained_model
 from cadapt.jobs.packing import pack_bundle
-from cadapt.merging import merge, timm_state_dict
+from cadapt.merging import checkpoint_bytes, checkpoint_facts, merge
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ONNX_DTYPES = ("fp32", "fp16")
@@ -54,28 +53,20 @@ def ship_timm(
 ) -> Shipment:
     """A full checkpoint that ``timm.create_model(architecture, num_classes=N)`` loads strictly.
 
-    Its metadata says under ``timm`` which architecture, classes and preprocessing it is for.
+    Its metadata says under ``timm`` which architecture, classes and preprocessing it is for. Where a layer had to
+    become a plain one to take its adapter up, ``plain`` of the facts names it, and :func:`cadapt.merging.load_merged`
+    loads the file in place of timm.
 
     Raises:
         UsageError: an unknown dtype.
-        CadaptError: adapters are left that timm has no place for, with the reason.
+        CadaptError: adapters are left that timm has no place for, with the reason, or a value would overflow.
     """
     _check_dtype(dtype)
     merged, report = merge(trained_model(bundle, checkpoint=checkpoint, near=near))
-    tensors = {
-        # a copy of its own: tied tensors share memory, which safetensors refuses
-        name: _convert(name, tensor, dtype).contiguous().clone()
-        for name, tensor in timm_state_dict(merged).items()
-    }
-    facts = {
-        "architecture": bundle.plan.base.name.partition(".")[0],
-        "num_classes": len(bundle.classes),
-        "classes": list(bundle.classes),
-        "preprocessing": bundle.preprocessing.to_json(),
-        "settings": dict(bundle.plan.base.settings),
-    }
-    data = save(tensors, {"format": "pt", "timm": json.dumps(facts)})
-    return Shipment(data=data, facts={"kind": "timm", "dtype": dtype, "merged": report.merged, **facts})
+    data = checkpoint_bytes(merged, dtype=_DTYPES[dtype])
+    return Shipment(
+        data=data, facts={"kind": "timm", "dtype": dtype, "merged": report.merged, **checkpoint_facts(merged)}
+    )
 
 
 def ship_onnx(

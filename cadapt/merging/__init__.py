@@ -1,9 +1,9 @@
 """Merging: folding trained adapters back into the base where that is exact, fitted or not, and proving it.
 
-``sites`` decides and checks one adapter, ``exact`` all of them, ``fitted`` folds what is not linear, ``differences`` adds
-what was learned to the base's own tensors, ``assemble`` builds the merged model, ``whole`` compares it end to end,
-``bias`` keeps the base's architecture where a bias appeared, ``checkpoint`` writes timm's own keys, ``deltas`` an adapter
-file, ``report`` holds the figures.
+``sites`` decides and checks one adapter, ``exact`` all of them, ``fitted`` folds what is not linear, ``differences``
+adds what was learned to the base's own tensors, ``assemble`` builds the merged model, ``whole`` compares it end to end,
+``bias`` keeps the base's architecture where a bias appeared, ``checkpoint`` writes timm's own keys, ``deltas`` an
+adapter file, ``report`` holds the figures.
 """
 
 from cadapt.merging.assemble import merge

@@ -15,6 +15,7 @@ import torch
 
 from cadapt.adapted import ADAPTERS, AdaptedModel, disabled
 from cadapt.backbone import Backbone
+from cadapt.bundle import Bundle
 from cadapt.errors import CadaptError, UsageError
 from cadapt.graph.shift import Readers
 from cadapt.merging.rebuild import bare_base, survey_again
@@ -24,6 +25,7 @@ from cadapt.surgery import adapter_path, operate
 
 # of the largest logit, both in fp64: what rounding the differences to fp32 may come to, and no more
 BOUND_ROUNDED = 1e-4
+_DELTA = f"{ADAPTERS}.delta."
 
 
 def to_deltas(model: AdaptedModel, merged: AdaptedModel) -> AdaptedModel:
@@ -66,6 +68,22 @@ def to_deltas(model: AdaptedModel, merged: AdaptedModel) -> AdaptedModel:
     built.training_record = {**model.training_record, "merged": note}
     _require_equal(built, merged)
     return built
+
+
+def as_bundle(model: AdaptedModel, merged: AdaptedModel) -> Bundle:
+    """The adapter file's content of a merge, unchecked: what it would hold and weigh, were every change a difference.
+
+    Arguments as of :func:`to_deltas`, but merged in any way.
+    """
+    changes = differences(model, merged)
+    named = {f"{_DELTA}{name.replace('.', '__')}": value.float() for name, value in changes.items()}
+    return Bundle(
+        plan=replace(merged.plan, base=model.plan.base, deltas=tuple(changes)),
+        classes=merged.classes,
+        preprocessing=merged.preprocessing,
+        training=dict(merged.training_record),
+        tensors={**merged.trained_tensors(), **named},
+    )
 
 
 def differences(model: AdaptedModel, merged: AdaptedModel) -> dict[str, torch.Tensor]:
@@ -134,7 +152,7 @@ def _no_difference(name: str, problem: str) -> CadaptError:
 def _fill(built: AdaptedModel, merged: AdaptedModel, changes: Mapping[str, torch.Tensor]) -> None:
     """Give the differences, the adapters that stay, the head and what is tuned in place their values."""
     for name in built.plan.deltas:
-        built.get_parameter(f"{ADAPTERS}.delta.{name.replace('.', '__')}").copy_(changes[name])
+        built.get_parameter(f"{_DELTA}{name.replace('.', '__')}").copy_(changes[name])
     staying = [adapter_path(insertion) for insertion in built.plan.insertions]
     for path in (*staying, *_head_path(built.plan)):
         built.get_submodule(path).load_state_dict(merged.get_submodule(path).state_dict())
