@@ -62,6 +62,15 @@ def plain(value: float | None) -> str:
     return _or_none(value, _plain)
 
 
+def fixed(value: float | None, digits: int = 2) -> str:
+    """A figure whose size is known, such as R², in so many decimals.
+
+    >>> fixed(-0.0312), fixed(0.98)
+    ('−0.03', '0.98')
+    """
+    return _or_none(value, lambda found: f"{found:.{digits}f}".replace("-", "−"))
+
+
 def change(before: float, after: float) -> str:
     """How much less or more there is after than before, in percent.
 
@@ -69,6 +78,22 @@ def change(before: float, after: float) -> str:
     ('−25.0 %', '–')
     """
     return NONE if before == 0 else f"{signed(100 * (after - before) / before, 1)} %"
+
+
+def rounded(value: float, digits: int = 3) -> str:
+    """An amount in so many digits, with a prefix where it is large.
+
+    >>> rounded(12), rounded(1152), rounded(4_153_184_256, 4), rounded(999_999)
+    ('12', '1.15 k', '4.153 G', '1.00 M')
+    """
+    found, prefix = float(f"{value:.{digits}g}"), ""
+    for larger in ("k", "M", "G", "T"):
+        if abs(found) < 1000:
+            break
+        found, prefix = found / 1000, f" {larger}"
+    if not prefix:
+        return f"{found:g}"
+    return f"{found:.{digits - len(str(int(abs(found))))}f}{prefix}"
 
 
 def number(value: float) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cadapt.report import figures
-from cadapt.report.console import amount
+from cadapt.report.merge_rows import size_of
 from cadapt.report.page.markup import Markup, element, joined
 from cadapt.report.page.scale import Scale, percent_of, scale_of
 from cadapt.report.page.statuses import mark, status_legend
@@ -42,18 +42,18 @@ class _Measure:
 
 
 _MEASURES = (
-    _Measure(title="R²", about="of the best kernel", read=lambda row: row.r2, most=1.0),
+    _Measure(title="R²", about="of the best kernel", read=lambda row: row.r2, written=figures.fixed, most=1.0),
     _Measure(
         title="‖Δ‖/‖h‖",
         about="how much it adds",
-        read=lambda row: row.effect if row.relative_size is None else row.relative_size,
+        read=size_of,
     ),
     _Measure(title="‖ΔW‖/‖W‖", about="change of the weights", read=lambda row: row.relative_update),
     _Measure(
         title="MACs saved",
         about="of one image",
         read=lambda row: float(row.macs_before - row.macs_after),
-        written=lambda value: figures.NONE if value is None else amount(value, "").strip(),
+        written=lambda value: figures.NONE if value is None else figures.rounded(value),
     ),
 )
 

@@ -83,13 +83,13 @@ def overall(report: MergeReport) -> Iterator[Tile]:
     yield from _quality(report)
     yield Tile(
         label="Multiply–accumulates",
-        value=amount(report.macs_after, ""),
-        detail=f"from {amount(report.macs_before, '')}, {figures.change(report.macs_before, report.macs_after)}",
+        value=figures.rounded(report.macs_after, 4),
+        detail=f"from {figures.rounded(report.macs_before, 4)}, {figures.change(report.macs_before, report.macs_after)}",
     )
     yield Tile(
         label="Parameters",
-        value=amount(report.parameters_after, ""),
-        detail=f"from {amount(report.parameters_before, '')}, "
+        value=figures.rounded(report.parameters_after, 4),
+        detail=f"from {figures.rounded(report.parameters_before, 4)}, "
         f"{figures.change(report.parameters_before, report.parameters_after)}",
     )
     if report.bytes_before is not None and report.bytes_after is not None:

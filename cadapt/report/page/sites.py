@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cadapt.report import figures
+from cadapt.report.merge_rows import reason_of, size_of
 from cadapt.report.page.markup import Markup, element
 from cadapt.report.page.statuses import status_cell
 from cadapt.report.page.tables import Column, table
@@ -19,7 +20,7 @@ _Cell = Callable[["SiteMerge"], str]
 
 def sites_table(report: MergeReport) -> Markup:
     """Return the table of all adapters; columns of figures that none of them has are left out."""
-    shown = [(column, read) for column, read in _columns(report.dtype) if _is_used(column, read, report.sites)]
+    shown = [(column, read) for column, read in _COLUMNS if _is_used(column, read, report.sites)]
     columns = (
         Column(title="site", figures=False, code=True),
         Column(title="status", figures=False),
@@ -67,30 +68,24 @@ def _point(point: FrontierPoint, start: float | None, labelled: bool, timed: boo
         figures.plain(point.max_logit_error),
         figures.plain(point.logit_error),
         figures.number(point.parameters),
-        figures.number(point.macs),
+        figures.rounded(point.macs, 4),
         *((figures.ratio(point.latency),) if timed else ()),
     )
 
 
-def _columns(dtype: str) -> tuple[tuple[Column, _Cell], ...]:
-    return (
-        (Column(title="scheme", figures=False), lambda row: row.scheme),
-        (Column(title="R²"), lambda row: figures.plain(row.r2)),
-        (Column(title="linear"), lambda row: figures.share(row.linear_share, 0)),
-        (Column(title="‖Δ‖/‖h‖"), lambda row: figures.plain(size_of(row))),
-        (Column(title="‖ΔW‖/‖W‖"), lambda row: figures.plain(row.relative_update)),
-        (Column(title="float64", group="error"), lambda row: figures.scientific(row.error_fp64)),
-        (Column(title=dtype, group="error"), lambda row: figures.scientific(row.error_fp32)),
-        (Column(title="before", group="parameters"), lambda row: figures.number(row.parameters_before)),
-        (Column(title="after", group="parameters"), lambda row: figures.number(row.parameters_after)),
-        (Column(title="before", group="MACs"), lambda row: figures.number(row.macs_before)),
-        (Column(title="after", group="MACs"), lambda row: figures.number(row.macs_after)),
-    )
-
-
-def size_of(row: SiteMerge) -> float | None:
-    """‖Δ‖/‖h‖ on real pictures, where it was measured there, else on random input."""
-    return row.effect if row.relative_size is None else row.relative_size
+_COLUMNS: tuple[tuple[Column, _Cell], ...] = (
+    (Column(title="scheme", figures=False), lambda row: row.scheme),
+    (Column(title="R²"), lambda row: figures.fixed(row.r2)),
+    (Column(title="linear"), lambda row: figures.share(row.linear_share, 0)),
+    (Column(title="‖Δ‖/‖h‖"), lambda row: figures.plain(size_of(row))),
+    (Column(title="‖ΔW‖/‖W‖"), lambda row: figures.plain(row.relative_update)),
+    (Column(title="float64", group="error"), lambda row: figures.scientific(row.error_fp64)),
+    (Column(title="float32", group="error"), lambda row: figures.scientific(row.error_fp32)),
+    (Column(title="before", group="parameters"), lambda row: figures.number(row.parameters_before)),
+    (Column(title="after", group="parameters"), lambda row: figures.number(row.parameters_after)),
+    (Column(title="before", group="MACs"), lambda row: figures.rounded(row.macs_before)),
+    (Column(title="after", group="MACs"), lambda row: figures.rounded(row.macs_after)),
+)
 
 
 def _is_used(column: Column, read: _Cell, rows: Sequence[SiteMerge]) -> bool:
@@ -100,4 +95,4 @@ def _is_used(column: Column, read: _Cell, rows: Sequence[SiteMerge]) -> bool:
 
 
 def _reason(row: SiteMerge) -> Markup:
-    return element("span", "; ".join(filter(None, (row.reason, row.note))) or figures.NONE, class_="wide")
+    return element("span", reason_of(row) or figures.NONE, class_="wide")

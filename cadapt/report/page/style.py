@@ -59,8 +59,9 @@ h2 { font-size: 1.2rem; line-height: 1.3; font-weight: 650; letter-spacing: -.00
 section { margin-top: 3.25rem; }
 .eyebrow { color: var(--muted); font-size: .8125rem; font-weight: 600; letter-spacing: .06em;
   text-transform: uppercase; margin-bottom: .5rem; }
-.verdict { font-size: 1.1875rem; line-height: 1.45; margin: .75rem 0 1rem; max-width: 46em; text-wrap: pretty; overflow-wrap: anywhere; }
-.lead { color: var(--muted); max-width: 46em; margin: .25rem 0 0; text-wrap: pretty; font-size: .9375rem; overflow-wrap: anywhere; }
+.verdict { font-size: 1.1875rem; line-height: 1.45; margin: .75rem 0 1rem; max-width: 46em; }
+.verdict, .lead { overflow-wrap: anywhere; text-wrap: pretty; }
+.lead { color: var(--muted); max-width: 60em; margin: .25rem 0 0; font-size: .9375rem; }
 .badges { display: flex; flex-wrap: wrap; gap: .5rem; list-style: none; }
 .badges li { border: 1px solid currentColor; border-radius: 1rem; padding: .125rem .75rem; font-size: .8125rem;
   font-weight: 600; overflow-wrap: anywhere; }
@@ -70,7 +71,7 @@ footer { color: var(--muted); font-size: .8125rem; border-top: 1px solid var(--r
 code, .code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; font-size: .92em;
   font-variant-ligatures: none; }
 
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(14.5rem, 1fr)); list-style: none;
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); list-style: none;
   margin-top: 2rem; border: 1px solid var(--rule); border-radius: 6px; overflow: hidden; }
 .tiles li { background: var(--paper); padding: .875rem 1rem 1rem; display: flex; flex-direction: column;
   box-shadow: 0 0 0 1px var(--rule); }
@@ -94,7 +95,7 @@ tbody tr + tr > * { border-top: 1px solid var(--rule); }
 tbody tr.marked { background: var(--marked); }
 .figure { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .wide { min-width: 13rem; display: block; overflow-wrap: anywhere; }
-.frame .code { max-width: 22rem; min-width: 8rem; overflow-wrap: anywhere; }
+.frame .code { max-width: 22rem; min-width: 9rem; overflow-wrap: anywhere; }
 .status { white-space: nowrap; }
 
 svg { display: block; overflow: visible; }
@@ -126,7 +127,8 @@ svg text.bound-name { fill: var(--stays); }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none; margin: .75rem 0 0;
   font-size: .8125rem; color: var(--muted); }
 .legend + .frame, .plot + .legend + details { margin-top: 1.25rem; }
-.strip { margin: .5rem 0 1rem; }
+.strip { margin: 1.25rem 0 1rem; }
+.layers { margin-top: 1.25rem; }
 .whisker { min-width: 9rem; }
 .s-base { --c: var(--muted); }
 .heard { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }

@@ -48,13 +48,13 @@ def _head(columns: Sequence[Column]) -> Markup:
     first, second = [], []
     for group, found in groupby(columns, key=lambda column: column.group):
         members = list(found)
-        lower = [element("th", column.title, scope="col", class_=_class(column)) for column in members]
+        lower = [element("th", column.title, scope="col", class_=_side(column)) for column in members]
         if group:
             first.append(element("th", group, scope="colgroup", colspan=len(members), class_="group"))
             second.extend(lower)
             continue
         first.extend(
-            element("th", column.title, scope="col", class_=_class(column), rowspan=2 if grouped else None)
+            element("th", column.title, scope="col", class_=_side(column), rowspan=2 if grouped else None)
             for column in members
         )
     rows = [element("tr", *first), *([element("tr", *second)] if second else [])]
@@ -67,5 +67,9 @@ def _cell(column: Column, content: str | Markup, heading: bool) -> Markup:
     return element("td", content, class_=_class(column))
 
 
+def _side(column: Column) -> str | None:
+    return "figure" if column.figures else None
+
+
 def _class(column: Column) -> str | None:
-    return "figure" if column.figures else "code" if column.code else None
+    return "code" if column.code else _side(column)
