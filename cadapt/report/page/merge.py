@@ -81,22 +81,18 @@ def overall(report: MergeReport) -> Iterator[Tile]:
     detail = ", ".join(f"{count} {status}" for status, count in counts if count)
     yield Tile(label="Adapters gone", value=f"{report.gone} of {report.total}", detail=detail or "none")
     yield from _quality(report)
-    yield Tile(
-        label="Multiply–accumulates",
-        value=figures.rounded(report.macs_after, 4),
-        detail=f"from {figures.rounded(report.macs_before, 4)}, {figures.change(report.macs_before, report.macs_after)}",
-    )
-    yield Tile(
-        label="Parameters",
-        value=figures.rounded(report.parameters_after, 4),
-        detail=f"from {figures.rounded(report.parameters_before, 4)}, "
-        f"{figures.change(report.parameters_before, report.parameters_after)}",
-    )
+    yield _amount_tile("Multiply–accumulates", report.macs_before, report.macs_after)
+    yield _amount_tile("Parameters", report.parameters_before, report.parameters_after)
     if report.bytes_before is not None and report.bytes_after is not None:
         change = figures.change(report.bytes_before, report.bytes_after)
         detail = f"from {amount(report.bytes_before)}, {change}"
         yield Tile(label="Adapter file", value=amount(report.bytes_after), detail=detail)
     yield from _time(report)
+
+
+def _amount_tile(label: str, before: int, after: int) -> Tile:
+    detail = f"from {figures.rounded(before, 4)}, {figures.change(before, after)}"
+    return Tile(label=label, value=figures.rounded(after, 4), detail=detail)
 
 
 def _quality(report: MergeReport) -> Iterator[Tile]:
