@@ -118,7 +118,11 @@ def _match(insertion: Insertion, located: Mapping[tuple[str, str, int], Located]
         if key not in _DESCRIPTIVE and getattr(item.site, key) != value
     ]
     if differing:
-        raise RefusedError(f"site '{insertion.site.name}' of {plan.base.name} differs: {'; '.join(differing)}")
+        older = item.site.padding_mode != insertion.site.padding_mode == "zeros"
+        raise RefusedError(
+            f"site '{insertion.site.name}' of {plan.base.name} differs: {'; '.join(differing)}",
+            hint="its adapter may be of a cadapt that padded by zeros here: insert and train again" if older else None,
+        )
     return item
 
 

@@ -12,7 +12,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from cadapt.adapters.scheme import BaseTensor, MergedLayer, Placement, Refusal, Scheme
+from cadapt.adapters.scheme import BaseTensor, Fold, MergedLayer, Placement, Refusal, Regrouped, Scheme
 from cadapt.errors import UsageError, close_matches
 
 
@@ -92,9 +92,11 @@ def configure(methods: Sequence[Scheme], settings: Mapping[str, Any]) -> tuple[A
 __all__ = [
     "SCHEMES",
     "BaseTensor",
+    "Fold",
     "MergedLayer",
     "Placement",
     "Refusal",
+    "Regrouped",
     "Scheme",
     "configure",
     "get_scheme",

@@ -16,7 +16,7 @@ from torch import nn
 
 from cadapt.adapters.consolidator_layers import Branch, Consolidator, StoredConsolidator, find_groups, shared_groups
 from cadapt.adapters.conv_merge import add_to_layer, find_plain_conv, fold_beside
-from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme, joining
+from cadapt.adapters.scheme import Fold, Placement, Refusal, Scheme, joining
 from cadapt.errors import UsageError
 from cadapt.plan import Form
 from cadapt.site import Site
@@ -95,7 +95,7 @@ def _build(site: Site, form: Form, config: ConsolidatorConfig) -> nn.Module:
     return adapter
 
 
-def merge_branches(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) -> MergedLayer | Refusal:
+def merge_branches(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) -> Fold:
     """The second consolidation: W = W₀ + Σ G_b P_b and b = b₀ + Σ β_b, exact for linear layers and plain 1×1 convs.
 
     Args:

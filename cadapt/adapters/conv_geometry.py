@@ -13,7 +13,7 @@ from typing import Literal
 from cadapt.adapters.conv_settings import ConvAdapterConfig
 from cadapt.adapters.tokens import explain_grid
 from cadapt.plan import Form
-from cadapt.site import Pair, Site
+from cadapt.site import PaddingMode, Pair, Site
 
 DEFAULT_GAMMA = 4
 DEFAULT_POOL = 2
@@ -29,6 +29,7 @@ class Geometry:
     stride: Pair
     padding: Pair | Literal["same"]
     dilation: Pair
+    padding_mode: PaddingMode = "zeros"
 
 
 def input_channels(site: Site, form: Form) -> int:
@@ -74,16 +75,26 @@ def find_geometry(site: Site, form: Form, config: ConvAdapterConfig) -> Geometry
         kept = (site.dilation[0] * (wanted[0] // 2), site.dilation[1] * (wanted[1] // 2))
         return Geometry(kernel=wanted, stride=(1, 1), padding=kept, dilation=site.dilation)
     if padding == "same":
-        return Geometry(kernel=wanted, stride=site.stride, padding="same", dilation=site.dilation)
+        return _beside(site, wanted, "same")
     grown = [site.dilation[axis] * (wanted[axis] - own[axis]) for axis in (0, 1)]
     # a kernel that grows by an odd number has no middle to grow from: with a stride it may keep the grid all the same
     for extra in (0, 1) if grown[0] % 2 or grown[1] % 2 else (0,):
         padding_now = (padding[0] + (grown[0] + extra) // 2, padding[1] + (grown[1] + extra) // 2)
-        geometry = Geometry(kernel=wanted, stride=site.stride, padding=padding_now, dilation=site.dilation)
+        geometry = _beside(site, wanted, padding_now)
         keeps = site.grid is not None and reached_grid(site.grid, geometry) == site.output_grid
         if min(padding_now) >= 0 and (keeps or not (grown[0] % 2 or grown[1] % 2)):
             return geometry
     return None
+
+
+def _beside(site: Site, kernel: Pair, padding: Pair | Literal["same"]) -> Geometry:
+    return Geometry(
+        kernel=kernel,
+        stride=site.stride,
+        padding=padding,
+        dilation=site.dilation,
+        padding_mode=site.padding_mode,
+    )
 
 
 def _own_kernel(site: Site) -> tuple[Pair, Pair | Literal["same"]]:
@@ -131,7 +142,18 @@ def explain_misfit(site: Site, form: Form, config: ConvAdapterConfig) -> str | N
     pool = find_pool(config)
     if min(reached_grid((grid[0] // pool, grid[1] // pool), geometry)) < 1 or min(grid) < pool:
         return f"its {_show(grid)} grid is too small to be pooled by {pool} for a {_show(geometry.kernel)} kernel"
-    return None
+    return explain_padding((grid[0] // pool, grid[1] // pool), geometry)
+
+
+def explain_padding(grid: Pair, geometry: Geometry) -> str | None:
+    """Why a map is too small to be padded by what it shows itself, or None where it is not: torch would fail."""
+    if geometry.padding == "same" or geometry.padding_mode not in ("reflect", "circular"):
+        return None
+    most = [side - 1 if geometry.padding_mode == "reflect" else side for side in grid]
+    if all(padding <= limit for padding, limit in zip(geometry.padding, most, strict=True)):
+        return None
+    mode = geometry.padding_mode
+    return f"its {_show(grid)} grid is too small to be padded by {_show(geometry.padding)} in the mode '{mode}'"
 
 
 def _show(sides: Pair) -> str:

@@ -17,7 +17,7 @@ from cadapt.adapters.conv_geometry import Geometry
 from cadapt.adapters.conv_merge import add_to_layer, find_plain_conv
 from cadapt.adapters.conv_reach import explain_reach, make_conv, own_geometry
 from cadapt.adapters.scaling import with_scale_folded
-from cadapt.adapters.scheme import MergedLayer, Placement, Refusal, Scheme, joining
+from cadapt.adapters.scheme import Fold, Placement, Refusal, Scheme, joining
 from cadapt.adapters.tokens import from_map, to_map
 from cadapt.errors import UsageError
 from cadapt.plan import Form
@@ -149,7 +149,7 @@ def _build(site: Site, form: Form, config: LoraConfig) -> Lora:
     )
 
 
-def _merge(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) -> MergedLayer | Refusal:
+def _merge(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) -> Fold:
     """W + s · B A, exactly; the bias stays."""
     assert isinstance(adapter, Lora)
     is_linear = isinstance(adapter.down, nn.Linear)

@@ -15,11 +15,11 @@ from torch import nn
 
 from cadapt.adapters.conv_geometry import Geometry
 from cadapt.adapters.conv_merge import find_plain_conv, fold_behind, fold_beside
-from cadapt.adapters.conv_reach import explain_reach, map_size, own_geometry
-from cadapt.adapters.scheme import MergedLayer, NoSettings, Placement, Refusal, Scheme, joining
+from cadapt.adapters.conv_reach import explain_reach, map_size, own_geometry, under_centre
+from cadapt.adapters.scheme import Fold, NoSettings, Placement, Refusal, Scheme, joining
 from cadapt.adapters.tokens import from_map, to_map
 from cadapt.plan import Form
-from cadapt.site import Layout, Pair, Site, SiteKind
+from cadapt.site import Layout, Site, SiteKind
 
 _ONE_PIXEL = Geometry(kernel=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1))
 
@@ -46,34 +46,7 @@ class ResidualAdapter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return A x; shapes as the class says."""
         map_BCHW, rest = to_map(x, self.layout, None, 0)
-        return from_map(self.pointwise(self._under_centre(map_BCHW)), rest, self.layout)
-
-    def _under_centre(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """The map without the pixels that the centre tap never meets, and with those of the padding that it does."""
-        height, width = x_BCHW.shape[2:]
-        top, bottom = _margins(height, self.geometry, axis=0)
-        left, right = _margins(width, self.geometry, axis=1)
-        missing = [max(-side, 0) for side in (left, right, top, bottom)]
-        if any(missing):
-            x_BCHW = nn.functional.pad(x_BCHW, missing)
-        if max(top, bottom, left, right) > 0:
-            # slices and not a negative pad, which not every runtime of exported models knows
-            rows, columns = x_BCHW.shape[2] - max(bottom, 0), x_BCHW.shape[3] - max(right, 0)
-            x_BCHW = x_BCHW[:, :, max(top, 0) : rows, max(left, 0) : columns]
-        return x_BCHW
-
-
-def _margins(size: int, geometry: Geometry, axis: int) -> Pair:
-    """How many pixels in front and behind a conv's centre tap never meets; negative where it meets padding."""
-    kernel, dilation = geometry.kernel[axis], geometry.dilation[axis]
-    if geometry.padding == "same":
-        # TensorFlow's rule: what is needed for ceil(size / stride) outputs, the odd pixel behind
-        stride = geometry.stride[axis]
-        needed = max((-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
-        padding = (needed // 2, needed - needed // 2)
-    else:
-        padding = (geometry.padding[axis], geometry.padding[axis])
-    return dilation * ((kernel - 1) // 2) - padding[0], dilation * (kernel // 2) - padding[1]
+        return from_map(self.pointwise(under_centre(map_BCHW, self.geometry)), rest, self.layout)
 
 
 def _geometry(site: Site, form: Form) -> Geometry:
@@ -95,7 +68,7 @@ def _build(bias: bool) -> Any:
     return build
 
 
-def _merge(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) -> MergedLayer | Refusal:
+def _merge(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) -> Fold:
     """Beside a conv A joins the centre tap of its kernel; behind one it gives (I + A) W."""
     conv = find_plain_conv(site, layer)
     if isinstance(conv, Refusal):

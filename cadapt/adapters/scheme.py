@@ -28,10 +28,25 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class MergedLayer:
-    """The base layer's weight and bias with the adapter folded in, in the dtype they were computed in."""
+    """The base layer's weight and bias with the adapter folded in, in the dtype they were computed in.
+
+    ``groups`` is the number of groups of a conv with that weight; None is as many as the layer has.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    groups: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regrouped:
+    """A fold that is exact in a conv of fewer groups than the layer's, which costs more.
+
+    It is computed only where that is wanted: the weight of a depth-wise conv that becomes dense is large.
+    """
+
+    groups: int
+    build: Callable[[], MergedLayer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +62,9 @@ class Refusal:
     """Why something cannot be done, in one sentence."""
 
     reason: str
+
+
+Fold = MergedLayer | Regrouped | Refusal
 
 
 def joining(form: Form, *kinds: SiteKind) -> frozenset[tuple[SiteKind, Form]]:
@@ -105,7 +123,7 @@ class Scheme:
     select: Callable[[Iterable[Site], Any], tuple[Placement, ...]] = _nothing
     fits: Callable[[Site, Form, Any], str | None] = _fits
     build: Callable[[Site, Form, Any], nn.Module] = _build_nothing
-    merge: Callable[[Site, Form, nn.Module, nn.Module | None], MergedLayer | Refusal] = _no_merge
+    merge: Callable[[Site, Form, nn.Module, nn.Module | None], Fold] = _no_merge
     tunes: Callable[[Iterable[str]], tuple[str, ...]] = _tune_nothing
     changes: Callable[[Mapping[str, BaseTensor]], tuple[str, ...]] = _change_nothing
     simplify: Callable[[nn.Module, Any], tuple[nn.Module, Any]] | None = None

@@ -14,7 +14,8 @@ import torch
 from torch import fx, nn
 
 from cadapt.adapters import Refusal, get_scheme
-from cadapt.merging.sites import ask_rule, find_obstacle
+from cadapt.merging.folding import ask_fold
+from cadapt.merging.sites import find_obstacle
 from cadapt.meta import meta_copy
 from cadapt.plan import Insertion, Plan
 from cadapt.planning import Survey
@@ -100,7 +101,7 @@ class MergeRules:
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.fill_(_VALUE)
-        outcome = ask_rule(insertion, adapter.eval(), self._stand_in(insertion.site.path))
+        outcome = ask_fold(insertion, adapter.eval(), self._stand_in(insertion.site.path))
         return outcome.reason if isinstance(outcome, Refusal) else None
 
     def _stand_in(self, path: str) -> nn.Module | None:

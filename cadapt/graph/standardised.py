@@ -47,7 +47,8 @@ class _CaughtConvolutions(TorchFunctionMode):
         return func(*args, **named)
 
 
-def _may_compute_weight(module: nn.Module) -> bool:
+def may_compute_weight(module: nn.Module) -> bool:
+    """Whether a module is a convolution that may convolve with something else than its weight as it is stored."""
     if not isinstance(module, nn.Conv2d):
         return False
     return type(module).forward is not nn.Conv2d.forward or parametrize.is_parametrized(module)
@@ -63,7 +64,7 @@ def _record_calls(model: nn.Module, example: torch.Tensor) -> dict[nn.Module, to
     def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         shapes[module] = inputs[0].shape
 
-    candidates = [module for module in model.modules() if _may_compute_weight(module)]
+    candidates = [module for module in model.modules() if may_compute_weight(module)]
     handles = [module.register_forward_pre_hook(note) for module in candidates]
     try:
         model(example)
@@ -79,21 +80,25 @@ def _catch(module: nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, list[d
     return output, caught.calls
 
 
-def _plain(call: dict[str, Any], padded: bool) -> nn.Conv2d:
+def _plain(module: Any, call: dict[str, Any], padded: bool) -> nn.Conv2d:
     """Return a layer of the same arithmetic with the caught weight; ``padded``: the old one padded its input first."""
     weight, bias = call["weight"], call["bias"]
-    kind = Conv2dSame if padded else nn.Conv2d
-    layer = kind(
+    # torch pads by another mode than zeros before it convolves, timm's convs by TensorFlow's rule
+    own_mode = type(module).forward is nn.Conv2d.forward and module.padding_mode != "zeros"
+    kind: Any = Conv2dSame if padded and not own_mode else nn.Conv2d
+    modes = {"padding_mode": module.padding_mode} if own_mode else {}
+    layer: nn.Conv2d = kind(
         weight.shape[1] * call["groups"],
         weight.shape[0],
         tuple(weight.shape[2:]),
         stride=call["stride"],
-        padding=call["padding"],
+        padding=module.padding if own_mode else call["padding"],
         dilation=call["dilation"],
         groups=call["groups"],
         bias=bias is not None,
         device=weight.device,
         dtype=weight.dtype,
+        **modes,
     )
     layer.weight.copy_(weight)
     if layer.bias is not None:
@@ -119,7 +124,7 @@ def bake_layer(module: nn.Module, shape: torch.Size) -> nn.Conv2d | str | None:
     weight = calls[0]["weight"]
     if any(weight is parameter for parameter in module.parameters()):
         return None
-    plain = _plain(calls[0], padded=calls[0]["input"].shape != first.shape)
+    plain = _plain(module, calls[0], padded=calls[0]["input"].shape != first.shape)
     if weight.is_meta:  # a twin without data: there is nothing to compare
         return plain
     if not torch.equal(weight, other_calls[0]["weight"]):

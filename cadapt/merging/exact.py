@@ -16,6 +16,7 @@ from cadapt.merging.differences import absorb_deltas, bias_of, new_biases
 from cadapt.merging.rebuild import bare_base, rebuild, survey_again
 from cadapt.merging.report import SiteMerge
 from cadapt.merging.sites import Decision, decide, find_obstacle
+from cadapt.plan import Insertion
 from cadapt.planning import Survey
 from cadapt.surgery import adapter_path
 
@@ -41,7 +42,7 @@ def fold_exact(adapted: AdaptedModel, *, as_deltas: bool = False, dense: bool = 
     plain = bare_base(adapted)
     base = absorb_deltas(plain, adapted)
     surveyed = survey_again(adapted, base)
-    decisions = _decide_all(adapted, base, surveyed)
+    decisions = _decide_all(adapted, base, surveyed, as_deltas=as_deltas, dense=dense)
     staying = [(item.insertion, item.adapter) for item in decisions if item.adapter is not None]
     layers = {item.insertion.site.path: item.layer for item in decisions if item.layer is not None}
     merged = rebuild(adapted, base, surveyed, staying=staying, layers=layers)
@@ -50,7 +51,9 @@ def fold_exact(adapted: AdaptedModel, *, as_deltas: bool = False, dense: bool = 
     return Folded(model=merged, rows=rows, new_biases=new)
 
 
-def _decide_all(model: AdaptedModel, base: nn.Module, surveyed: Survey) -> tuple[Decision, ...]:
+def _decide_all(
+    model: AdaptedModel, base: nn.Module, surveyed: Survey, *, as_deltas: bool, dense: bool
+) -> tuple[Decision, ...]:
     """Decide the adapters in the order in which they were joined, each on the layer the ones before it left."""
     modules = dict(base.named_modules(remove_duplicate=False))
     outputs = {(item.site.kind, item.site.path, item.site.call): item.output for item in surveyed.located}
@@ -65,13 +68,23 @@ def _decide_all(model: AdaptedModel, base: nn.Module, surveyed: Survey) -> tuple
             # what that adapter reads or adds to would not be what it was trained on
             obstacle = "another adapter that joined here before it stays"
         layer = layers.get(site.path, modules.get(site.path))
-        decision = decide(insertion, model.get_submodule(adapter_path(insertion)), layer, obstacle)
+        adapter = model.get_submodule(adapter_path(insertion))
+        now = _as_it_is_now(insertion, modules.get(site.path), layer)
+        decision = decide(now, adapter, layer, obstacle, as_deltas=as_deltas, dense=dense)
+        decision = replace(decision, insertion=replace(decision.insertion, site=site))
         if decision.layer is None:
             staying.add(output)
         else:
             layers[site.path] = decision.layer
         decisions.append(decision)
     return tuple(decisions)
+
+
+def _as_it_is_now(insertion: Insertion, first: nn.Module | None, layer: nn.Module | None) -> Insertion:
+    """An adapter's entry with the kind of layer that the adapters before it left at its site."""
+    if layer is first or first is None or insertion.site.operator != type(first).__name__:
+        return insertion
+    return replace(insertion, site=replace(insertion.site, operator=type(layer).__name__))
 
 
 def _settle_biases(
@@ -84,11 +97,16 @@ def _settle_biases(
     paths = [decision.insertion.site.path for decision in decisions if decision.layer is not None]
     grown = {path for path in (*paths, *new) if bias_of(base, path) is None and bias_of(merged, path) is not None}
     notes = move_biases(merged, merged.graph, sorted(grown))
+    counted: set[str] = set()
     rows = []
     for decision in decisions:
         row, path = decision.row, decision.insertion.site.path
         if decision.layer is not None and path in notes:
-            gone = bias_of(merged, path) is None
-            row = replace(row, note=notes[path], parameters_after=0 if gone else row.parameters_after)
+            row = replace(row, note="; ".join(filter(None, (row.note, notes[path]))))
+            bias = bias_of(decision.layer, "")
+            if bias is not None and bias_of(merged, path) is None and path not in counted:
+                # it counts for the first adapter that brought it, and is gone
+                row = replace(row, parameters_after=row.parameters_after - bias.numel())
+                counted.add(path)
         rows.append(row)
     return tuple(rows)

@@ -92,7 +92,7 @@ def read_plain(record: object, path: str) -> PlainLayer:
     """
     if not isinstance(record, Mapping) or set(record) - set(PlainLayer.__dataclass_fields__):
         raise RefusedError(f"damaged checkpoint: the note on '{path:.80}' is {record!r:.80}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
     sound = {
         "kind": values.get("kind") in _KINDS,
         "stride": _is_pair(values.get("stride", (1, 1)), least=1),

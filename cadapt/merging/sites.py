@@ -6,15 +6,14 @@ is refused with the figures and never delivered. Modules are read and never chan
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
 
-from cadapt.adapters import MergedLayer, Refusal, get_scheme
+from cadapt.adapters import Refusal, get_scheme
+from cadapt.merging.folding import Fold, ask_fold, is_whole
 from cadapt.merging.measure import (
     adapter_input,
     compare_adapters,
@@ -25,7 +24,6 @@ from cadapt.merging.measure import (
 )
 from cadapt.merging.report import SiteMerge
 from cadapt.plan import Insertion
-from cadapt.site import Site
 
 BOUND_FP64 = 1e-12
 # rounding a conv's thousands of sums differently shows at 1e-6; more would be a weight that fp32 cannot hold
@@ -45,7 +43,15 @@ class Decision:
     adapter: nn.Module | None = None
 
 
-def decide(insertion: Insertion, adapter: nn.Module, layer: nn.Module | None, obstacle: str | None = None) -> Decision:
+def decide(
+    insertion: Insertion,
+    adapter: nn.Module,
+    layer: nn.Module | None,
+    obstacle: str | None = None,
+    *,
+    as_deltas: bool = False,
+    dense: bool = False,
+) -> Decision:
     """Decide what becomes of one trained adapter, and measure it.
 
     Args:
@@ -53,69 +59,43 @@ def decide(insertion: Insertion, adapter: nn.Module, layer: nn.Module | None, ob
         adapter: the module, in fp64 on the CPU, in eval mode.
         layer: the base's module at its site, likewise; None where the site is no module.
         obstacle: why the layer must not be changed, whatever the scheme's rule says.
+        as_deltas: change only tensors that the layer has, so that an adapter file can hold what changed.
+        dense: fold even where that costs more multiply–accumulates than layer and adapter by themselves.
     """
-    if layer is not None and not _is_whole(insertion.site, layer):
+    if layer is not None and not is_whole(insertion.site, layer):
         layer = None
-    outcome = Refusal(reason=obstacle) if obstacle else ask_rule(insertion, adapter, layer)
-    if isinstance(outcome, MergedLayer):
-        assert layer is not None
-        return _fold(insertion, adapter, layer, outcome)
-    return _simplify(insertion, adapter, layer, outcome.reason)
-
-
-def _is_whole(site: Site, layer: nn.Module) -> bool:
-    """Whether the module at a site's path is all that its adapter stands beside, and not one conv of several."""
-    return site.kind not in ("conv", "downsample") or site.operator in ("", type(layer).__name__)
-
-
-def ask_rule(insertion: Insertion, adapter: nn.Module, layer: nn.Module | None) -> MergedLayer | Refusal:
-    """Fold one adapter by its scheme's rule, unchecked; arguments as :func:`decide` takes them, in any one dtype."""
-    if layer is not None and not _is_whole(insertion.site, layer):
-        layer = None
-    outcome = get_scheme(insertion.scheme).merge(insertion.site, insertion.form, adapter, layer)
+    if obstacle:
+        return _simplify(insertion, adapter, layer, obstacle)
+    outcome = ask_fold(insertion, adapter, layer, as_deltas=as_deltas, dense=dense)
     if isinstance(outcome, Refusal):
-        return outcome
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return Refusal(reason=f"a {type(layer).__name__} has no weight that could take it up")
-    if outcome.weight.shape != weight.shape:
-        found, own = tuple(outcome.weight.shape), tuple(weight.shape)
-        return Refusal(reason=f"the merged weight has shape {found}, the layer's has {own}: another architecture")
-    return outcome
+        return _simplify(insertion, adapter, layer, outcome.reason)
+    assert layer is not None
+    return _fold(insertion, adapter, layer, outcome)
 
 
-def with_weights(layer: nn.Module, merged: MergedLayer) -> nn.Module:
-    """A copy of a layer with other weights; a bias that is zero throughout is not added where the layer had none."""
-    copied: Any = copy.deepcopy(layer)
-    tuned: bool = copied.weight.requires_grad
-    copied.weight = nn.Parameter(merged.weight.detach().clone().to(copied.weight.dtype), requires_grad=tuned)
-    if merged.bias is not None and (copied.bias is not None or bool(merged.bias.any())):
-        tuned = copied.bias is not None and copied.bias.requires_grad
-        copied.bias = nn.Parameter(merged.bias.detach().clone().to(copied.weight.dtype), requires_grad=tuned)
-    module: nn.Module = copied
-    return module
-
-
-def _fold(insertion: Insertion, adapter: nn.Module, layer: nn.Module, outcome: MergedLayer) -> Decision:
-    folded: Any = with_weights(layer, outcome)
-    exact = compare_layers(insertion, adapter, layer, folded, torch.float64)
-    rounded = compare_layers(insertion, adapter, layer, folded, torch.float32)
-    before: Any = layer
-    update = float((folded.weight - before.weight).detach().norm() / before.weight.detach().norm())
+def _fold(insertion: Insertion, adapter: nn.Module, layer: nn.Module, outcome: Fold) -> Decision:
+    exact = compare_layers(insertion, adapter, layer, outcome.layer, torch.float64)
+    rounded = compare_layers(insertion, adapter, layer, outcome.layer, torch.float32)
     row = replace(
         _row(insertion, adapter),
         error_fp64=exact.error,
         error_fp32=rounded.error,
         effect=exact.effect,
-        relative_update=update,
+        relative_update=outcome.relative_update,
     )
     if not (exact.error <= BOUND_FP64 and rounded.error <= BOUND_FP32):
         return _refuse(insertion, adapter, row)
-    grown_parameters = count_parameters(folded) - count_parameters(layer)
-    row = replace(row, status="exact", parameters_after=grown_parameters, macs_after=0)
+    shape = insertion.site.in_shape
+    row = replace(
+        row,
+        status="exact",
+        note=outcome.note,
+        parameters_after=count_parameters(outcome.layer) - count_parameters(layer),
+        macs_after=count_macs(outcome.layer, shape) - count_macs(layer, shape),
+    )
     if not exact.effect:
-        row = replace(row, note="the adapter does nothing: its output is zero")
-    return Decision(row=row, insertion=insertion, layer=folded)
+        row = replace(row, note="; ".join(filter(None, ("the adapter does nothing: its output is zero", row.note))))
+    return Decision(row=row, insertion=insertion, layer=outcome.layer)
 
 
 def _refuse(insertion: Insertion, adapter: nn.Module, row: SiteMerge) -> Decision:

@@ -24,6 +24,7 @@ def conv_site(conv: nn.Conv2d, side: int = 13, **changes: Any) -> Site:
         padding="same" if same else conv.padding,
         dilation=conv.dilation,
         groups=conv.groups,
+        padding_mode=conv.padding_mode,
         operator=type(conv).__name__,
     )
     return Site(**{**values, **changes})

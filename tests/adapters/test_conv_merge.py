@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cadapt.adapters import Refusal
+from cadapt.adapters import Refusal, Regrouped
 from cadapt.adapters.conv_merge import add_to_layer, find_plain_conv, fold_behind, fold_beside
 from cadapt.site import Site
 
@@ -51,13 +51,33 @@ def test_a_mix_behind_a_conv_joins_its_kernel(adds_bias: bool, has_bias: bool) -
 def test_groups_take_up_what_stays_within_them() -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1, groups=2).double()
     kernel = draw(6, 4, 1, 1)
-    dense: Any = fold_beside(conv, kernel, None)
-    assert isinstance(dense, Refusal) and "2 groups" in dense.reason
-    assert isinstance(fold_behind(conv, draw(6, 6), None), Refusal)
     kernel[:3, 2:] = kernel[3:, :2] = 0
     x = draw(2, 4, 9, 9)
     outcome = fold_beside(conv, kernel, None)
     torch.testing.assert_close(run(conv, outcome, x), conv(x) + F.conv2d(x, kernel), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+@pytest.mark.parametrize("kept", [1, 2])
+def test_what_leaves_the_groups_is_a_conv_of_as_many_as_hold_it(groups: int, kept: int) -> None:
+    if kept == groups:
+        return
+    conv = nn.Conv2d(8, 16, 3, padding=1, groups=groups).double()
+    # dense within `kept` blocks and nothing between them
+    within = torch.block_diag(*(draw(16 // kept, 8 // kept) for _ in range(kept)))
+    x = draw(2, 8, 9, 9)
+    beside = fold_beside(conv, within[:, :, None, None], None)
+    mix = torch.block_diag(*(draw(16 // kept, 16 // kept) for _ in range(kept)))
+    behind = fold_behind(conv, mix, None)
+    for outcome, wanted in (
+        (beside, conv(x) + F.conv2d(x, within[:, :, None, None])),
+        (behind, conv(x) + F.conv2d(conv(x), mix[:, :, None, None])),
+    ):
+        assert isinstance(outcome, Regrouped) and outcome.groups == kept
+        merged = outcome.build()
+        assert merged.groups == kept and merged.weight.shape == (16, 8 // kept, 3, 3)
+        got = F.conv2d(x, merged.weight, merged.bias, conv.stride, conv.padding, conv.dilation, kept)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
 def test_a_kernel_larger_than_the_conv_s_is_refused() -> None:
@@ -82,7 +102,7 @@ def test_sums_are_in_fp64_and_leave_the_layer_alone() -> None:
         (None, "conv", "Conv2d", "not one conv"),
         (nn.Conv2d(4, 4, 3), "block", "", "what the block computes is not one conv"),
         (nn.Conv2d(4, 4, 3), "conv", "add", "a add of several convs"),
-        (nn.Conv2d(4, 4, 3, padding_mode="circular"), "conv", "Conv2d", "'circular'"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "conv", "Conv2d", "'circular'"),
         (nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)), "conv", "Sequential", "2 convs side by side"),
         (nn.Linear(4, 4), "linear", "Linear", "no plain conv"),
     ],

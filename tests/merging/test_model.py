@@ -178,12 +178,14 @@ def test_a_model_that_is_wrong_as_a_whole_is_not_delivered(monkeypatch: pytest.M
 
 def test_a_scheme_without_a_rule_keeps_its_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     from cadapt.adapters import Refusal
+    from cadapt.merging import folding
     from cadapt.merging import sites as sites_module
 
     def no_rule(*arguments: Any) -> Refusal:
         return Refusal(reason="this scheme has no rule for merging")
 
     ruleless = replace(get_scheme("conv-par"), merge=no_rule, simplify=None)
-    monkeypatch.setattr(sites_module, "get_scheme", lambda name: ruleless)
+    for module in (folding, sites_module):
+        monkeypatch.setattr(module, "get_scheme", lambda name: ruleless)
     _, report = merge(linear(toy(nn.Conv2d(8, 8, 3, padding=1))))
     assert [row.status for row in report.sites] == ["kept"]
