@@ -43,11 +43,12 @@ def find_chromium() -> str | None:
 
 @dataclass
 class Page:
-    """A page that was loaded: what it asked the network for, and what it complained of."""
+    """A page that was loaded: what it asked the network for, what of that its policy held back, its complaints."""
 
     browser: Browser
     session: str
     requests: list[str] = field(default_factory=list)
+    held_back: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
     def evaluate(self, expression: str) -> Any:
@@ -114,8 +115,7 @@ class Browser:
             self._events.append(self._receive())
         # what a page says last arrives before the answer to what is asked after it
         page.evaluate("document.fonts.ready.then(() => new Promise(requestAnimationFrame)).then(() => 0)")
-        for event in self._events:
-            _note(page, event["method"], event.get("params", {}))
+        _note(page, self._events)
         return page
 
     def _receive(self) -> dict[str, Any]:
@@ -130,15 +130,21 @@ class Browser:
         return dict(json.loads(message))
 
 
-def _note(page: Page, method: str, params: dict[str, Any]) -> None:
-    if method == "Network.requestWillBeSent":
-        page.requests.append(params["request"]["url"])
-    elif method == "Runtime.exceptionThrown":
-        page.complaints.append(str(params["exceptionDetails"]))
-    elif method == "Runtime.consoleAPICalled":
-        page.complaints.append(f"{params['type']}: {[value.get('value') for value in params['args']]}")
-    elif method == "Log.entryAdded":
-        page.complaints.append(f"{params['entry']['level']}: {params['entry']['text']}")
+def _note(page: Page, events: list[dict[str, Any]]) -> None:
+    asked: dict[str, str] = {}
+    for event in events:
+        method, params = event["method"], event.get("params", {})
+        if method == "Network.requestWillBeSent":
+            asked[params["requestId"]] = params["request"]["url"]
+        elif method == "Network.loadingFailed" and params.get("blockedReason") == "csp":
+            page.held_back.append(asked.pop(params["requestId"]))
+        elif method == "Runtime.exceptionThrown":
+            page.complaints.append(str(params["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled":
+            page.complaints.append(f"{params['type']}: {[value.get('value') for value in params['args']]}")
+        elif method == "Log.entryAdded":
+            page.complaints.append(f"{params['entry']['level']}: {params['entry']['text']}")
+    page.requests.extend(asked.values())
 
 
 @contextlib.contextmanager

@@ -36,8 +36,8 @@ def test_no_table_is_wider_than_the_terminal_and_no_figure_is_broken(width: int)
     lines = [line for line in tables(text, "site", "folded") if not line.startswith(sentences)]
     assert len(lines) > 20
     assert max(cell_len(line) for line in lines) <= width
-    for figure in ("7.8e-15", "−0.20", "1.15 k → 0", "903 k → 0", "97.08 %", "1.36×", "4.122 G"):
-        assert figure in text.replace("4.138 G", "4.122 G"), figure
+    for figure in ("7.8e-15", "−0.20", "1.15 k → 0", "903 k → 0", "97.08 %", "1.36×", "4.138 G"):
+        assert figure in text, figure
 
 
 def test_every_site_status_and_reason_is_there_at_80_columns() -> None:
