@@ -143,6 +143,20 @@ def test_the_verdict_judges_in_words() -> None:
     assert "outside the tolerance" in words and "not verified" in words
 
 
+@pytest.mark.parametrize(
+    ("metric", "label"), [("top1=1%", "Top-1"), ("agreement=1%", "Predictions"), ("logit=1", "Largest")]
+)
+def test_the_figure_that_misses_the_tolerance_stands_out(metric: str, label: str) -> None:
+    page = render(report(8, tolerance=metric, tolerance_met=False))
+    assert re.findall(r'<li class="bad"><span class="label">([^ <]+)', page) == [label]
+    assert '<li class="bad"><span class="label">' not in render(report(8, tolerance=metric))
+
+
+def test_the_plot_ends_where_the_adapters_do() -> None:
+    page = render(report(8, frontier=frontier(13, 2)))
+    assert 'x="97.000%"' in page and ">14</text>" not in page
+
+
 def test_foreign_text_is_text() -> None:
     found = report(3, base=EVIL, scheme=EVIL, summary=EVIL, dtype=EVIL, timm_reason=EVIL)
     rows = tuple(replace(row, site=EVIL, scheme=EVIL, reason=EVIL, note=EVIL, hosts=(EVIL,)) for row in found.sites)

@@ -20,15 +20,21 @@ _MANY = 24
 
 def frontier_plot(report: MergeReport) -> Markup:
     """Return the panels and their legend; the report has at least one point."""
-    across = scale_of((float(point.folded) for point in report.frontier), most=7, least_step=1, floor=0)
-    if len({point.folded for point in report.frontier}) == 1:
-        across = Scale(low=-1, high=1, ticks=(0.0,), step=1)
+    across = _across(report.frontier)
     shown = quantities(report)
     panels = [
         _panel(quantity, report.frontier, across, first=quantity is shown[0], last=quantity is shown[-1])
         for quantity in shown
     ]
     return joined((*panels, _legend(report.frontier)))
+
+
+def _across(points: Sequence[FrontierPoint]) -> Scale:
+    counts = [float(point.folded) for point in points]
+    if min(counts) == max(counts):
+        return Scale(low=counts[0] - 1, high=counts[0] + 1, ticks=(counts[0],), step=1)
+    # it ends where the adapters do, not at the next round number
+    return scale_of(counts, most=7, least_step=1, floor=min(counts), ceiling=max(counts))
 
 
 def _panel(quantity: Quantity, points: Sequence[FrontierPoint], across: Scale, *, first: bool, last: bool) -> Markup:

@@ -96,12 +96,12 @@ def _amount_tile(label: str, before: int, after: int) -> Tile:
 
 
 def _quality(report: MergeReport) -> Iterator[Tile]:
-    tone: Tone = "bad" if report.tolerance_met is False else "plain"
+    missed = report.tolerance.partition("=")[0] if report.tolerance_met is False else ""
     found, checked = report.on_data, report.end_to_end
     if found is None:
         pictures = number_of(checked.images, "random image" if checked.random_images else "image")
         agreement, error = checked.agreement, checked.max_abs_error
-        beside = f"adapters change them by {checked.logit_effect:.1e}" if report.sites else ""
+        beside = f"adapters change them by {figures.plain(checked.logit_effect)}" if report.sites else ""
     else:
         pictures = number_of(found.images, "picture")
         agreement, error = found.agreement, found.max_logit_error
@@ -109,9 +109,17 @@ def _quality(report: MergeReport) -> Iterator[Tile]:
         if math.isfinite(found.top1_before):
             lost = figures.points(found.top1_after - found.top1_before, 2)
             detail = f"from {figures.share(found.top1_before, 2)}, {lost} points"
-            yield Tile(label="Top-1", value=figures.share(found.top1_after, 2), detail=detail, tone=tone)
-    yield Tile(label="Predictions that agree", value=figures.share(agreement), detail=f"on {pictures}")
-    yield Tile(label="Largest logit difference", value=figures.plain(error), detail=beside)
+            yield Tile(
+                label="Top-1", value=figures.share(found.top1_after, 2), detail=detail, tone=_tone("top1", missed)
+            )
+    tone = _tone("agreement", missed)
+    yield Tile(label="Predictions that agree", value=figures.share(agreement), detail=f"on {pictures}", tone=tone)
+    tone = _tone("logit", missed)
+    yield Tile(label="Largest logit difference", value=figures.plain(error), detail=beside, tone=tone)
+
+
+def _tone(metric: str, missed: str) -> Tone:
+    return "bad" if metric == missed else "plain"
 
 
 def _time(report: MergeReport) -> Iterator[Tile]:

@@ -115,7 +115,7 @@ svg.mark { display: inline-block; vertical-align: -1px; margin-right: .4em; }
 .path { stroke: var(--gone); stroke-width: 1.75; stroke-linecap: round; }
 .faint { stroke: var(--gone); stroke-width: 1.25; stroke-dasharray: 3 3; }
 .bound { stroke: var(--stays); stroke-width: 1.5; stroke-dasharray: 6 4; }
-svg text.bound-name { fill: var(--stays); }
+svg text.bound-name { fill: var(--stays); paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 .allowed { fill: var(--allowed); }
 .guide { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 1 3; }
 .ring { fill: none; stroke: var(--ink); stroke-width: 1.75; }
@@ -166,6 +166,7 @@ dt { font-weight: 600; } dd { color: var(--muted); overflow-wrap: anywhere; }
   .layers .bar { flex-direction: column-reverse; align-items: stretch; gap: 0; }
   .layers .bar svg, .layers .bar span { flex: 0 0 auto; text-align: left; }
 }
+@page { size: A4 landscape; margin: 12mm; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   section { margin-top: 1.75rem; }
@@ -173,7 +174,7 @@ dt { font-weight: 600; } dd { color: var(--muted); overflow-wrap: anywhere; }
   h2, .lead { break-after: avoid; }
   .frame { overflow: visible; }
   table { font-size: 7.5pt; } th, td { padding: .2rem .3rem; } .wide { min-width: 9rem; }
-  .frame .code { min-width: 0; }
+  .frame .code { min-width: 5.5rem; }
   svg, .tiles, tr.marked { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   details::details-content { content-visibility: visible; block-size: auto; }
 }
