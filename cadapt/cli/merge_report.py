@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cadapt.cli._combine import combine_files, single_file
 from cadapt.cli._options import (
     Adapter,
     AsJson,
@@ -37,9 +38,15 @@ EXAMPLE = "cadapt merge-report --data ./imgs/val --tolerance top1=0.5% --html re
 
 
 def command(
+    context: typer.Context,
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILE", help="Adapter files; several of one base: can they be combined?"),
+    ] = None,
     model: Adapter = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Pictures to compare the adapted and the merged model on.")
+        list[str] | None,
+        typer.Option("--data", help="Pictures to compare the models on; of several adapters, one for each."),
     ] = None,
     fit: Annotated[
         bool, typer.Option("--fit/--no-fit", help="With --data: fold what is not linear by kernels fitted on pictures.")
@@ -74,8 +81,20 @@ def command(
     timm: Annotated[
         bool, typer.Option("--timm", help="With --apply: a full checkpoint that timm loads, where all folds in.")
     ] = False,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Of several adapters: average, linear, ties or dare [the best].")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="W,W", help="Of several adapters: a factor for each [1,1].")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="Share of each adapter's changes that ties and dare keep [0.2].")
+    ] = None,
+    scale: Annotated[float | None, typer.Option("--scale", help="λ, the factor of what ties merges [1].")] = None,
     output: Output = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is chosen to fit on.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of what is chosen to fit on, and of what dare drops.")
+    ] = 0,
     checkpoint: Checkpoint = None,
     device: Device = None,
     workers: Workers = None,
@@ -86,17 +105,21 @@ def command(
 ) -> None:
     """Report what folds into the base, per site, checked in fp64; with --apply, write the merged file.
 
-    The adapter file that was read is never changed.
+    Of several adapters: how far they conflict, and what their combinations are worth on each one's pictures. The
+    adapter files that were read are never changed.
     """
+    if len(files or ()) > 1:
+        combine_files(context)
+        return
     allowed = None if tolerance is None else parse_tolerance(tolerance)
     _check_combination(apply=apply, timm=timm, output=output)
-    source = find_adapter(model)
+    source = find_adapter(single_file(context))
     target = _target(source, output, timm=timm) if apply else None
     _check_outputs(source, target, html, force=force, as_json=as_json)
     from cadapt.jobs import MergeOptions
 
     options = MergeOptions(
-        data=data,
+        data=data[0] if data else None,
         fit=fit,
         fit_data=fit_data,
         fit_images=fit_images,

@@ -47,6 +47,8 @@ def summary_lines(report: CombineReport) -> tuple[str, ...]:
     else:
         classes = number_of(len(report.classes), "class", "classes")
         lines.append(f"combined head: {classes}, the adapters' own heads {report.head}")
+    if len(report.combinations) > 1:
+        lines.append(f"* the best on these pictures, by which it was chosen: judge {report.best} on others")
     return (*lines, report.verdict)
 
 
@@ -74,7 +76,7 @@ def _combinations(report: CombineReport) -> Any:
     alone = [percent(task.top1 or 0.0, 1) for task in report.tasks]
     table.add_row("each by itself", *alone, *("" for _ in names))
     for item in report.combinations:
-        mark = " *" if item.method == report.best else ""
+        mark = " *" if item.method == report.best and len(report.combinations) > 1 else ""
         known = [percent(value, 1) for value in item.known]
         table.add_row(f"{item.method}{mark}", *known, *(share(value) for value in item.open))
     return table
