@@ -108,7 +108,7 @@ class _Job:
         shown = None if judged is None else self._first_pictures(judged)
         merged, report, within = self._merge(adapted, judged, shown, on_progress)
         delivered, data = self._deliver(adapted, merged, report, checkpoint, near)
-        report = self._in_dtype(report, adapted, delivered, shown)
+        report = self._in_dtype(self._ask_timm(report, delivered), adapted, delivered, shown)
         report = replace(
             report, bytes_before=bytes_before, bytes_after=self._size(adapted, merged) if data is None else len(data)
         )
@@ -202,8 +202,17 @@ class _Job:
         bundle = to_bundle(to_deltas(adapted, merged))
         note = f"{bundle.training['merged']}; {report.summary}"
         data = ship_adapter(replace(bundle, training={**bundle.training, "merged": note}), options.dtype).data
+        # read back: what is judged is the file
         written = load_bundle(data)
         return from_bundle(written, base_of(written, checkpoint=checkpoint, near=near)), data
+
+    def _ask_timm(self, report: MergeReport, delivered: AdaptedModel) -> MergeReport:
+        """Whether the delivered file becomes timm's architecture, where a merge to differences by itself is not."""
+        if self.options.apply != "adapter" or report.timm_loadable or delivered.plan.insertions:
+            return report
+        # the difference that is a new bias may go into a batch norm when it is taken up
+        _, again = merge(delivered)
+        return replace(report, timm_loadable=again.timm_loadable, timm_reason=again.timm_reason)
 
     def _size(self, adapted: AdaptedModel, merged: AdaptedModel) -> int:
         """The bytes of the file that ``--apply`` would write, were every merge one of differences."""

@@ -75,14 +75,15 @@ def as_bundle(model: AdaptedModel, merged: AdaptedModel) -> Bundle:
 
     Arguments as of :func:`to_deltas`, but merged in any way.
     """
-    changes = differences(model, merged)
-    named = {f"{_DELTA}{name.replace('.', '__')}": value.float() for name, value in changes.items()}
+    changes, dtype = differences(model, merged), next(model.parameters()).dtype
+    named = {f"{_DELTA}{name.replace('.', '__')}": value for name, value in changes.items()}
+    tensors = {**merged.trained_tensors(), **named}
     return Bundle(
         plan=replace(merged.plan, base=model.plan.base, deltas=tuple(changes)),
         classes=merged.classes,
         preprocessing=merged.preprocessing,
         training=dict(merged.training_record),
-        tensors={**merged.trained_tensors(), **named},
+        tensors={name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()},
     )
 
 
