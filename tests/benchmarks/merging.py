@@ -53,7 +53,7 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
 CLASSES = 100
 _CALIBRATION_IMAGES = 4
 _JUDGED_IMAGES = 2
-_NAMES = re.compile(r"'[^']+'")  # of layers, in reasons that are otherwise the same
+_PARTICULARS = re.compile(r"'[^']+'|\b\d[\d.]*\b")  # names of layers and sizes, in reasons that are otherwise the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,8 @@ def run_case(name: str, scheme: str, options: argparse.Namespace) -> Row:
     except CadaptError as error:
         return Row(model=name, scheme=scheme, reason=error.message)
     try:
-        merged, report = cadapt.merge(adapted, images=pictures(_JUDGED_IMAGES, adapted.preprocessing))
+        images = pictures(_JUDGED_IMAGES, adapted.preprocessing)
+        merged, report = cadapt.merge(adapted, images=images, dense=options.dense)
     except CadaptError as error:
         return Row(model=name, scheme=scheme, reason=f"FAILED: {error.message}")
     latency = None
@@ -166,7 +167,7 @@ def reason_lines(row: Row) -> list[str]:
     if row.report is None:
         return []
     reasons = collections.Counter(
-        _NAMES.sub("…", f"{site.status}: {site.reason}" if site.reason else f"noted: {site.note}")
+        _PARTICULARS.sub("…", f"{site.status}: {site.reason}" if site.reason else f"noted: {site.note}")
         for site in row.report.sites
         if site.reason or site.note
     )
@@ -207,6 +208,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, help="names of timm's")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
+    parser.add_argument("--dense", action="store_true", help="fold even where the sum costs more than its parts")
     parser.add_argument("--latency", action="store_true", help="export all forms and time them in onnxruntime")
     parser.add_argument("--seconds", type=float, default=30.0, help="the most to spend on one case's timing")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once, in the timing")
