@@ -11,15 +11,15 @@ from typing import Literal, cast, get_args
 
 from cadapt.errors import UsageError, close_matches
 
-Metric = Literal["top1", "agreement", "logit"]
+Metric = Literal["top1", "disagreement", "logit"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
     """The most that a merged model may differ from the unmerged one.
 
-    ``top1`` bounds how many points of top-1 it may lose, ``agreement`` the share of predictions that may differ (both
-    from 0 to 1), ``logit`` the largest absolute difference of a logit.
+    ``top1`` bounds how many points of top-1 it may lose, ``disagreement`` the share of predictions that may differ
+    (both from 0 to 1), ``logit`` the largest absolute difference of a logit.
     """
 
     metric: Metric
@@ -31,7 +31,7 @@ class Tolerance:
 
     def allows(self, *, top1_lost: float | None, disagreement: float, max_logit_error: float) -> bool:
         """Whether figures of two models are within the tolerance; top-1 that was not measured is not."""
-        found = {"top1": top1_lost, "agreement": disagreement, "logit": max_logit_error}[self.metric]
+        found = {"top1": top1_lost, "disagreement": disagreement, "logit": max_logit_error}[self.metric]
         # counts of pictures, divided: 2 of 400 is not to fail 0.5 % by its last bit
         return found is not None and found <= self.bound + 1e-12
 

@@ -78,7 +78,7 @@ REPORTS: Mapping[str, MergeReport] = {
     "one": exact_report(1),
     "none": exact_report(0),
     "one point": report(2, frontier=frontier(0, 0)),
-    "unlabelled": report(8, frontier=frontier(4, 2, labels=False, latency=False), tolerance="agreement=1%"),
+    "unlabelled": report(8, frontier=frontier(4, 2, labels=False, latency=False), tolerance="disagreement=1%"),
     "logit": report(8, tolerance="logit=0.1", tolerance_met=False),
     "no numbers": not_a_number(report(8)),
     "not chosen": report(8, frontier=tuple(replace(point, chosen=False) for point in report(8).frontier)),
@@ -144,7 +144,7 @@ def test_the_verdict_judges_in_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "label"), [("top1=1%", "Top-1"), ("agreement=1%", "Predictions"), ("logit=1", "Largest")]
+    ("metric", "label"), [("top1=1%", "Top-1"), ("disagreement=1%", "Predictions"), ("logit=1", "Largest")]
 )
 def test_the_figure_that_misses_the_tolerance_stands_out(metric: str, label: str) -> None:
     page = render(report(8, tolerance=metric, tolerance_met=False))

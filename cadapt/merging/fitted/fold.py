@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -63,7 +64,15 @@ def fold_fitted(model: AdaptedModel, rows: tuple[SiteMerge, ...], fit: Fit, *, a
     grown = () if as_deltas else _new_biases(model, built, done)
     notes = move_biases(built, built.graph, grown)
     settled = settle_rows(
-        rows, work.joints, greedy.measured, folds, chosen.folded, before=model, after=built, notes=notes, fit=fit
+        rows,
+        work.joints,
+        greedy.measured,
+        folds,
+        chosen.folded,
+        before=partial(work.plain_of, model),
+        after=built,
+        notes=notes,
+        fit=fit,
     )
     return Fitted(model=built, rows=settled, frontier=_mark(points, chosen), within_tolerance=judge.allows(chosen))
 

@@ -16,7 +16,7 @@ from cadapt.merging.fitted.workbench import Fold, Workbench
 
 # an adapter this small beside what it is added to may do nothing; a stand-in this poor may do worse than nothing
 _SMALL, _POOR = 1e-3, 0.1
-_REMEASURED = 3
+_REMEASURED = 2
 
 
 @dataclass

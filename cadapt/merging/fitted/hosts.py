@@ -32,7 +32,7 @@ class Host:
     """A layer that could take a kernel up: what its output is multiplied with, channel by channel, up to the joint.
 
     ``node`` calls it, ``scale`` is ``[C_out]`` in fp64, ``axes`` the permutations, last first, that lead from the
-    joint's layout back to the layer's.
+    joint's layout back to the layer's; an empty one flattens a grid, channels last, to tokens.
     """
 
     path: str
@@ -102,7 +102,10 @@ def _count_uses(model: AdaptedModel) -> dict[int, int]:
         elif node.op == "get_attr":
             owner, _, leaf = str(node.target).rpartition(".")
             value = getattr(modules[owner], leaf)
-            read = (value,) if isinstance(value, torch.Tensor) else value.parameters()
+            if isinstance(value, torch.Tensor):
+                read = (value,)
+            elif isinstance(value, nn.Module):
+                read = value.parameters()
         for tensor in read:
             uses[id(tensor)] = uses.get(id(tensor), 0) + 1
     return uses
@@ -149,6 +152,8 @@ class _Walk:
             self._back_product(node, scale, axes)
         elif node.target in ("permute", torch.permute):
             self._back_permuted(node, scale, axes)
+        elif node.target in ("reshape", "view", torch.reshape):
+            self._back_laid_out(node, scale, axes)
         elif node.target in (torch.relu, torch.nn.functional.relu):
             self._back_activation(node, scale, axes)
 
@@ -198,6 +203,15 @@ class _Walk:
         if all(isinstance(item, int) for item in order):
             inverse = tuple(sorted(range(len(order)), key=lambda index: int(order[index])))
             self.back(node.all_input_nodes[0], {node}, scale, (*axes, inverse))
+
+    def _back_laid_out(self, node: fx.Node, scale: torch.Tensor | None, axes: tuple[tuple[int, ...], ...]) -> None:
+        """Tokens that were laid out on their grid, channels last."""
+        source = node.all_input_nodes[0]
+        before, after = shape_of(source), shape_of(node)
+        if before is None or after is None or (len(before), len(after)) != (3, 4):
+            return
+        if (before[0], before[-1]) == (after[0], after[-1]):
+            self.back(source, {node}, scale, (*axes, ()))
 
     def _try_host(
         self, node: fx.Node, module: nn.Module, scale: torch.Tensor | None, axes: tuple[tuple[int, ...], ...]

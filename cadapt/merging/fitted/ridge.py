@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-# of the mean square of a regressor; the least keeps the solution finite where regressors are dead or repeat
-_RIDGES = (1e-8, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# of the mean square of a regressor, strongest first; the least keeps the solution finite where regressors repeat
+_RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-8)
+
+_ROUNDING = 1e-10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,9 @@ class Moments:
         mean_x, mean_t = self.sum_x / self.rows, self.sum_t / self.rows
         xx = self.xx / self.rows - mean_x[:, :, None] * mean_x[:, None, :]
         xt = self.xt / self.rows - mean_x[:, :, None] * mean_t[:, None, :]
-        unit = xx.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        # what is left of sums that cancel is no variance
+        noise = _ROUNDING * (self.xx / self.rows).diagonal(dim1=1, dim2=2).mean(dim=1)
+        unit = xx.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(0) + noise + torch.finfo(torch.float64).tiny
         best: tuple[float, Solution] | None = None
         for ridge in _RIDGES:
             shifted = xx + torch.diag_embed((ridge * unit)[:, None].expand(-1, xx.shape[1]))
@@ -62,16 +66,18 @@ class Moments:
             bias = mean_t - (weight @ mean_x[:, :, None])[:, :, 0]
             found = Solution(weight=weight, bias=bias)
             error = float((found.predict(x) - t.double()).square().sum())
-            if best is None or error < best[0]:
-                best = error, found
+            if best is not None and error >= best[0]:
+                break  # from the strongest on, it does better up to one and then worse
+            best = error, found
         if best is None:  # nothing moves: the mean is all there is
             return Solution(weight=torch.zeros_like(xt.transpose(1, 2)), bias=mean_t)
         return best[1]
 
 
-def share_explained(wanted: torch.Tensor, left: torch.Tensor) -> float:
-    """R²: 1 − ‖left‖²/‖wanted‖² for tensors ``[N, O]``, the wanted about its mean; 0 where nothing is wanted."""
-    whole = float((wanted.double() - wanted.double().mean(dim=0)).square().sum())
+def share_explained(wanted: torch.Tensor, left: torch.Tensor, *, centred: bool) -> float:
+    """R²: 1 − ‖left‖²/‖wanted‖² for tensors ``[N, O]``, the wanted about its mean if ``centred``; 0 if it is zero."""
+    wanted = wanted.double()
+    whole = float((wanted - wanted.mean(dim=0) if centred else wanted).square().sum())
     return 1 - float(left.double().square().sum()) / whole if whole else 0.0
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from cadapt.merging.fitted.hosts import Joint
@@ -24,7 +26,7 @@ def settle_rows(
     folds: Sequence[Fold],
     folded: int,
     *,
-    before: nn.Module,
+    before: Callable[[str], Any],
     after: nn.Module,
     notes: Mapping[str, str],
     fit: Fit,
@@ -37,7 +39,7 @@ def settle_rows(
         measured: each of them before any was folded.
         folds: all of them, in the frontier's order.
         folded: how many of the folds were done.
-        before: the model that was folded.
+        before: gives a host, by its path, as a plain layer before anything was folded.
         after: what came of it.
         notes: where a layer's new bias went, by the layer's path.
         fit: what was asked for.
@@ -67,19 +69,21 @@ def settle_rows(
     return tuple(settled)
 
 
-def _gone(row: SiteMerge, action: str, before: nn.Module, after: nn.Module, notes: Mapping[str, str]) -> SiteMerge:
+def _gone(
+    row: SiteMerge, action: str, before: Callable[[str], Any], after: nn.Module, notes: Mapping[str, str]
+) -> SiteMerge:
     nothing = replace(row, parameters_after=0, macs_after=0, error_fp64=None, error_fp32=None)
     if action == "dropped":
         return replace(nothing, status="dropped", hosts=(), reason="the model is within the tolerance without it")
-    grown = sum(_bias_count(after, path) - _bias_count(before, path) for path in row.hosts)
+    layers = [(before(path), after.get_submodule(path)) for path in row.hosts]
     taken = f"{row.hosts[0]}" + (f" and {len(row.hosts) - 1} more" if len(row.hosts) > 1 else "")
     return replace(
         nothing,
         status="fitted",
         reason=f"a kernel in {taken} stands in for {row.r2 or 0.0:.0%} of it",
         note="; ".join(notes[path] for path in row.hosts if path in notes),
-        parameters_after=grown,
-        relative_update=_update(before, after, row.hosts),
+        parameters_after=sum(_bias_count(new) - _bias_count(old) for old, new in layers),
+        relative_update=_update(layers),
     )
 
 
@@ -89,17 +93,14 @@ def _why_not(row: SiteMerge, fit: Fit) -> str:
     return f"a kernel would stand in for {row.r2 or 0.0:.0%} of it, and folding it leaves the tolerance {fit.tolerance}"
 
 
-def _bias_count(model: nn.Module, path: str) -> int:
-    bias = getattr(model.get_submodule(path), "bias", None)
+def _bias_count(layer: nn.Module) -> int:
+    bias = getattr(layer, "bias", None)
     return 0 if bias is None else int(bias.numel())
 
 
-def _update(before: nn.Module, after: nn.Module, paths: Sequence[str]) -> float | None:
-    """‖ΔW‖/‖W‖ over the hosts together, for all that they took up; None where one had no weight of its own before."""
-    change = size = 0.0
-    for path in paths:
-        old: Any = before.get_submodule(path)
-        new: Any = after.get_submodule(path)
-        change += float((new.weight - old.weight).square().sum())
-        size += float(old.weight.square().sum())
-    return (change / size) ** 0.5 if size else None
+@torch.no_grad()
+def _update(layers: Sequence[tuple[Any, Any]]) -> float | None:
+    """‖ΔW‖/‖W‖ over the hosts together, for all that they took up."""
+    change = sum(float((new.weight - old.weight).square().sum()) for old, new in layers)
+    size = sum(float(old.weight.square().sum()) for old, _ in layers)
+    return math.sqrt(change / size) if size else None

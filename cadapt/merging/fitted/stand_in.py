@@ -24,7 +24,7 @@ from cadapt.merging.fitted.ridge import Moments, Solution, polish, share_explain
 from cadapt.merging.fitted.rows import Places, draw_places, grid_of, pick, rows_of
 from cadapt.merging.fitted.watch import values_of
 
-_LEAST_ROWS, _MOST_ROWS, _ROWS_PER_REGRESSOR = 4096, 40_000, 8
+_LEAST_ROWS, _MOST_ROWS, _ROWS_PER_REGRESSOR = 8192, 40_000, 4
 _MOST_KEPT_ROWS = 12_000
 # of the values of several joints held at once
 _BYTES_AT_ONCE = 1_500_000_000
@@ -155,7 +155,7 @@ class _Gauge:
     def _in_host(self, value: torch.Tensor) -> torch.Tensor:
         """A value at the joint in the layout of the hosts' output."""
         for axes in self.joint.hosts[0].axes:
-            value = value.permute(axes)
+            value = value.permute(axes) if axes else value.flatten(1, 2)
         return value
 
     def _sample(
@@ -196,7 +196,9 @@ class _Gauge:
             if float(finer_error.square().sum()) < float(error.square().sum()):
                 solution, error = finer, finer_error
         changes = self._changes(solution)
-        return Measured(changes=changes, r2=share_explained(held[1], error), relative_size=size, linear_share=share)
+        # no bias gives the mean of what is added behind a ReLU
+        r2 = share_explained(held[1], error, centred=self.joint.before is None)
+        return Measured(changes=changes, r2=r2, relative_size=size, linear_share=share)
 
     def _left(self, solution: Solution, sample: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What is still missing behind the joint, ``[N, O]``."""

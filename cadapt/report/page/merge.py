@@ -112,7 +112,7 @@ def _quality(report: MergeReport) -> Iterator[Tile]:
             yield Tile(
                 label="Top-1", value=figures.share(found.top1_after, 2), detail=detail, tone=_tone("top1", missed)
             )
-    tone = _tone("agreement", missed)
+    tone = _tone("disagreement", missed)
     yield Tile(label="Predictions that agree", value=figures.share(agreement), detail=f"on {pictures}", tone=tone)
     tone = _tone("logit", missed)
     yield Tile(label="Largest logit difference", value=figures.plain(error), detail=beside, tone=tone)

@@ -41,7 +41,7 @@ def quantities(report: MergeReport) -> list[Quantity]:
     """Top-1, or agreement where there are no labels, what the tolerance is about, MACs and latency, where measured."""
     tolerance = parse_tolerance(report.tolerance) if report.tolerance else None
     labelled = any(point.top1 is not None for point in report.frontier)
-    wanted = {"top1" if labelled else "agreement"} | ({tolerance.metric} if tolerance else set())
+    wanted = {"top1" if labelled else "disagreement"} | ({tolerance.metric} if tolerance else set())
     judged = [quantity for quantity in _judged(report.frontier[0].images) if quantity.identity in wanted]
     found = [*(_bounded(quantity, tolerance, report.frontier) for quantity in judged), *_costs(report.frontier)]
     return [quantity for quantity in found if quantity.of(report.frontier)]
@@ -57,7 +57,7 @@ def _judged(images: int) -> tuple[Quantity, ...]:
             limits=(0, 1),
         ),
         Quantity(
-            identity="agreement",
+            identity="disagreement",
             title=f"Predictions that stay the same, of {images:,}",
             read=lambda point: point.agreement,
             written=_percents,
@@ -79,7 +79,7 @@ def _bounded(quantity: Quantity, tolerance: Tolerance | None, points: Sequence[F
     # the exact merges change nothing: before any adapter is fitted, top-1 is that of the unmerged model
     start = next((point.top1 for point in points if point.folded == 0 and not point.refined), None)
     top1 = None if start is None else start - tolerance.bound
-    bound = {"top1": top1, "agreement": 1 - tolerance.bound, "logit": tolerance.bound}[tolerance.metric]
+    bound = {"top1": top1, "disagreement": 1 - tolerance.bound, "logit": tolerance.bound}[tolerance.metric]
     name = f"tolerance {tolerance}"
     return replace(judged, bound=bound, bound_name=name, allowed_above=tolerance.metric != "logit")
 
