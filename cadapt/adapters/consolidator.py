@@ -14,12 +14,22 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cadapt.adapters.consolidator_layers import Branch, Consolidator, StoredConsolidator, find_groups, shared_groups
+from cadapt.adapters.consolidator_layers import (
+    DEFAULT_GROUPS,
+    Branch,
+    Consolidator,
+    StoredConsolidator,
+    find_groups,
+    shared_groups,
+)
 from cadapt.adapters.conv_merge import add_to_layer, find_plain_conv, fold_beside
+from cadapt.adapters.conv_reach import explain_reach, own_geometry
 from cadapt.adapters.scheme import Fold, Placement, Refusal, Scheme, joining
 from cadapt.errors import UsageError
 from cadapt.plan import Form
-from cadapt.site import Site
+from cadapt.site import Site, SiteKind
+
+_CONVS: tuple[SiteKind, ...] = ("conv", "downsample")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +39,14 @@ class ConsolidatorConfig:
     Args:
         groups: g of each branch: ``384``, or ``384,192`` for two. A number that does not divide a layer's inputs and
             outputs alike is refused; none given is one branch of 384 groups where that divides them, else of the
-            largest number below 384 that does.
+            largest number below 384 that does. Beside a grouped conv with a larger kernel it is a multiple of that
+            conv's groups, which so stay.
         shuffle: whether every branch reads its input with the channels shuffled for its own g, (Px)[i·g + a] =
             x[a·c + i] for c = C/g. Nothing moves where g or c is 1, and branches of one g read alike.
         drop_path: p of the drop-path on each branch by itself.
         init: ``zero`` (the inserted model computes what the base does) or ``paper``: U(±1e-3) for weights and biases.
+        kernels: ``one``: beside linear layers and 1×1 convs, as in the paper; ``all``: beside convs with a larger kernel
+            too, whose centre tap takes the branches up.
         stored: one sparse matrix and one bias in place of the branches; export makes it. It can train on, as one matrix
             with one drop-path, but not as the branches it came from.
 
@@ -45,6 +58,7 @@ class ConsolidatorConfig:
     shuffle: bool = False
     drop_path: float = 0.0
     init: Literal["zero", "paper"] = "zero"
+    kernels: Literal["one", "all"] = "one"
     stored: bool = False
 
     def __post_init__(self) -> None:
@@ -56,8 +70,9 @@ class ConsolidatorConfig:
 
 
 def _select(sites: Iterable[Site], config: ConsolidatorConfig) -> tuple[Placement, ...]:
-    """Every linear layer and 1×1 conv of every block, in parallel."""
-    return tuple(Placement(site=site, form="parallel") for site in sites if site.kind == "linear")
+    """Every linear layer and 1×1 conv of every block, in parallel; where asked, every other conv as well."""
+    kinds = ("linear",) if config.kernels == "one" else ("linear", *_CONVS)
+    return tuple(Placement(site=site, form="parallel") for site in sites if site.kind in kinds)
 
 
 def _fits(site: Site, form: Form, config: ConsolidatorConfig) -> str | None:
@@ -68,6 +83,8 @@ def _fits(site: Site, form: Form, config: ConsolidatorConfig) -> str | None:
             return (
                 f"its {inputs} inputs and {outputs} outputs do not both divide into {groups} groups, but into {known}"
             )
+    if site.kind in _CONVS:
+        return explain_reach(site) if site.layout == "NCHW" else "the channels of its map are last"
     if site.layout == "NCHW":
         sides = tuple((side - 1) // step + 1 for side, step in zip(site.in_shape[1:], site.stride, strict=True))
         if site.out_shape[1:] != sides:
@@ -75,9 +92,18 @@ def _fits(site: Site, form: Form, config: ConsolidatorConfig) -> str | None:
     return None
 
 
+def _choose_groups(site: Site, config: ConsolidatorConfig) -> tuple[int, ...]:
+    inputs, outputs = site.in_channels, site.out_channels
+    nested = [number for number in shared_groups(inputs, outputs) if number % site.groups == 0]
+    if config.groups or site.kind not in _CONVS or not nested:
+        return find_groups(inputs, outputs, config.groups)
+    return (next((number for number in nested if number <= DEFAULT_GROUPS), nested[-1]),)
+
+
 def _build(site: Site, form: Form, config: ConsolidatorConfig) -> nn.Module:
     inputs, outputs = site.in_channels, site.out_channels
-    groups = find_groups(inputs, outputs, config.groups)
+    groups = _choose_groups(site, config)
+    geometry = own_geometry(site) if site.kind in _CONVS else None
     settings: dict[str, Any] = {
         "shuffle": config.shuffle,
         "drop_path": config.drop_path,
@@ -86,9 +112,10 @@ def _build(site: Site, form: Form, config: ConsolidatorConfig) -> nn.Module:
     }
     adapter: nn.Module
     if config.stored:
-        adapter = StoredConsolidator(inputs, outputs, groups, **settings)
+        adapter = StoredConsolidator(inputs, outputs, groups, **settings, geometry=geometry)
     else:
-        adapter = Consolidator(Branch(inputs, outputs, number, **settings) for number in groups)
+        branches = [Branch(inputs, outputs, number, **settings) for number in groups]
+        adapter = Consolidator(branches, geometry=geometry)
     if config.init == "paper":
         for parameter in adapter.parameters():
             nn.init.uniform_(parameter, -1e-3, 1e-3)
@@ -96,7 +123,7 @@ def _build(site: Site, form: Form, config: ConsolidatorConfig) -> nn.Module:
 
 
 def merge_branches(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) -> Fold:
-    """The second consolidation: W = W₀ + Σ G_b P_b and b = b₀ + Σ β_b, exact for linear layers and plain 1×1 convs.
+    """The second consolidation: W = W₀ + Σ G_b P_b and b = b₀ + Σ β_b, exact for linear layers and plain convs.
 
     Args:
         site: where the adapter stands.
@@ -151,7 +178,7 @@ def sum_into_one(adapter: nn.Module, config: ConsolidatorConfig) -> tuple[nn.Mod
     ).to(wide.weight)
     branch.weight.copy_(matrix.gather(1, wide.columns()))
     branch.bias.copy_(bias)
-    summed = Consolidator([branch]).train(adapter.training)
+    summed = Consolidator([branch], geometry=adapter.geometry).train(adapter.training)
     return summed, replace(config, groups=(wide.groups,))
 
 
@@ -176,6 +203,7 @@ def pack_branches(adapter: nn.Module, config: ConsolidatorConfig) -> tuple[nn.Mo
         shuffle=config.shuffle,
         drop_path=config.drop_path,
         stride=branches[0].stride,
+        geometry=adapter.geometry,
     ).to(branches[0].weight)
     stored.fill(*adapter.summed())
     return stored.train(adapter.training), replace(config, stored=True)
@@ -188,7 +216,7 @@ SCHEMES = (
         summary="grouped linear maps parallel to each linear layer and 1×1 conv of the blocks; they fold in",
         config=ConsolidatorConfig,
         needs="linear layers or 1×1 convs in its blocks",
-        joins=joining("parallel", "linear"),
+        joins=joining("parallel", "linear", *_CONVS),
         select=_select,
         fits=_fits,
         build=_build,

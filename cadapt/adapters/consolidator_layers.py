@@ -15,6 +15,8 @@ from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional
 
+from cadapt.adapters.conv_geometry import Geometry
+from cadapt.adapters.conv_reach import under_centre
 from cadapt.site import Pair
 
 DEFAULT_GROUPS = 384
@@ -110,16 +112,20 @@ class Consolidator(nn.Module):
     """Σ_b DropPath_p(G_b P_b x + β_b), arXiv 2305.00603; shapes as :class:`Branch` says.
 
     Drop-path is drawn per sample, that is per entry of the first dimension, for each branch by itself. Where the base
-    folds windows into the batch (Swin's qkv and proj), a sample is one window of one picture.
+    folds windows into the batch (Swin's qkv and proj), a sample is one window of one picture. ``geometry`` is that of a
+    conv with a larger kernel, beside which the branches read what lies under its centre tap.
     Parameters: Σ_b D·C/g_b + D.
     """
 
-    def __init__(self, branches: Iterable[Branch]) -> None:
+    def __init__(self, branches: Iterable[Branch], *, geometry: Geometry | None = None) -> None:
         super().__init__()
         self.branches = nn.ModuleList(branches)
+        self.geometry = geometry
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return Δ(x)."""
+        if self.geometry is not None:
+            x = under_centre(x, self.geometry)
         first, *others = self.branches
         delta: torch.Tensor = first(x)
         for branch in others:
@@ -153,10 +159,12 @@ class StoredConsolidator(nn.Module):
         shuffle: bool,
         drop_path: float,
         stride: Pair | None,
+        geometry: Geometry | None = None,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.groups, self.shuffle, self.stride = tuple(groups), shuffle, stride
+        self.geometry = geometry
         places = self._find_places()
         self.values = nn.Parameter(torch.zeros(len(places)))
         self.bias = nn.Parameter(torch.zeros(out_channels))
@@ -179,6 +187,8 @@ class StoredConsolidator(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return Δ(x)."""
+        if self.geometry is not None:
+            x = under_centre(x, self.geometry)
         matrix = self._dense(self.values)
         if self.stride is None:
             delta = functional.linear(x, matrix, self.bias)
