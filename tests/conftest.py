@@ -1,4 +1,4 @@
-"""What all tests share: no network, a cache of their own, one thread, and tiny bases that are built once."""
+"""What all tests share: no network, a cache of their own, one thread, turns, and no search through what stays."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any test imports the hub's client
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.turns import MARKER, take_turns, today
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,6 +21,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="sample",
         help="Real models: sample, full (every architecture, and 15 at 224 px), or some of the 15 by name.",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", MARKER)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("zoo") == "full" or any("::" in argument for argument in config.args):
+        return
+    items[:], others = take_turns(items, today())
+    if others:
+        config.hook.pytest_deselected(items=others)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def survivors_set_aside() -> Iterator[None]:
+    """What a file of tests leaves is in caches, as imports are: no later collection looks through it."""
+    gc.freeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def survivors_let_go() -> Iterator[None]:
+    """Libraries that look for leaks when the process ends would find, and tell, hundreds of objects set aside."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
