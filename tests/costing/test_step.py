@@ -41,39 +41,45 @@ def saved_by_autograd(model: nn.Module, images: Tensor, precision: str) -> int:
     return sum(size for address, size in sizes.items() if address not in own)
 
 
+@pytest.mark.in_turn(2)
+@pytest.mark.parametrize("case", [(2, "fp32"), (5, "bf16")])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("trait", BASES)
-def test_activations_are_what_autograd_saves(trait: str, scheme: str) -> None:
+def test_activations_are_what_autograd_saves(trait: str, scheme: str, case: tuple[int, str]) -> None:
+    batch, precision = case
     if not isinstance(planned(trait, scheme), Plan):
         pytest.skip(f"{scheme} does not fit {trait}")
     model = adapt(trait, scheme, classes=7)[2].train()
     side = input_side(trait)
-    for batch, precision in ((2, "fp32"), (5, "bf16")):
-        saved = saved_by_autograd(model, make_images(trait, batch), precision)
-        counted = count_activations(model, (3, side, side), batch=batch, precision=precision)
-        assert counted == pytest.approx(saved, rel=TOLERANCES[precision]), precision
+    saved = saved_by_autograd(model, make_images(trait, batch), precision)
+    counted = count_activations(model, (3, side, side), batch=batch, precision=precision)
+    assert counted == pytest.approx(saved, rel=TOLERANCES[precision])
 
 
 def layers() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(48, 32, bias=False), nn.ReLU(), nn.Linear(32, 2, bias=False))
 
 
+@pytest.mark.in_turn(3)
+@pytest.mark.parametrize(
+    "case", [("conv-par", 5, "fp32", "low"), ("full", 2, "bf16", "low"), ("lora", 2, "fp32", "min")]
+)
 @pytest.mark.parametrize("trait", BASES)
-def test_what_the_engine_keeps_is_foretold_from_a_twin(trait: str) -> None:
+def test_what_the_engine_keeps_is_foretold_from_a_twin(
+    trait: str, case: tuple[str, int, Literal["fp32", "bf16"], Memory]
+) -> None:
+    scheme, batch, precision, memory = case
+    if not isinstance(planned(trait, scheme), Plan):
+        pytest.skip(f"{scheme} does not fit {trait}")
     side = input_side(trait)
-    cases: tuple[tuple[str, int, Literal["fp32", "bf16"], Memory], ...]
-    cases = (("conv-par", 5, "fp32", "low"), ("full", 2, "bf16", "low"), ("lora", 2, "fp32", "min"))
-    for scheme, batch, precision, memory in cases:
-        if not isinstance(planned(trait, scheme), Plan):
-            continue
-        model = adapt(trait, scheme, classes=7)[2].train()
-        twin = prepare(meta_copy(model), memory=memory, precision=precision)
-        counted = count_activations(twin, (3, side, side), batch=batch, precision=precision, channels_last=True)
-        engine = prepare(model, memory=memory, precision=precision)
-        saved = saved_by_autograd(engine, make_images(trait, batch), precision)
-        assert counted == pytest.approx(saved, rel=TOLERANCES[precision]), scheme
-        step = measure_step(twin, (3, side, side), batch=batch, precision=precision, channels_last=True)
-        assert step.activations == counted < step.highest
+    model = adapt(trait, scheme, classes=7)[2].train()
+    twin = prepare(meta_copy(model), memory=memory, precision=precision)
+    counted = count_activations(twin, (3, side, side), batch=batch, precision=precision, channels_last=True)
+    engine = prepare(model, memory=memory, precision=precision)
+    saved = saved_by_autograd(engine, make_images(trait, batch), precision)
+    assert counted == pytest.approx(saved, rel=TOLERANCES[precision])
+    step = measure_step(twin, (3, side, side), batch=batch, precision=precision, channels_last=True)
+    assert step.activations == counted < step.highest
 
 
 def test_a_step_by_hand() -> None:

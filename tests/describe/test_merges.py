@@ -24,6 +24,7 @@ CASES = [
 ]
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize(("trait", "scheme"), CASES)
 def test_the_rules_say_before_training_what_merging_does_after(trait: str, scheme: str) -> None:
     plan = planned(trait, scheme)

@@ -51,12 +51,14 @@ def assert_as_plain(model: AdaptedModel, step: Callable[[Tensor], Tensor], image
             assert float((got - grad).abs().max()) <= tolerance * largest, name
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("trait", TRAITS)
 def test_one_graph_and_the_same_gradients(trait: str) -> None:
     model = adapted(trait, "conv-par", torch.float64)
     assert_as_plain(model, whole(prepare(model, memory="low", channels_last=False)), make_images(trait).double(), 1e-9)
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("memory", ["fast", "min"])
 def test_the_other_settings(memory: Memory) -> None:
     model = adapted("layer-scaled", "conv-par", torch.float32)
@@ -68,6 +70,7 @@ def test_another_scheme() -> None:
     assert_as_plain(model, whole(prepare(model, memory="low", channels_last=False)), make_images("plain"), 1e-5)
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("memory", ["low", "min"])
 def test_norms_that_train_count_a_batch_once(memory: Memory) -> None:
     model = adapted("plain", "conv-par", torch.float64, bn_policy="train")

@@ -1,4 +1,7 @@
-"""The engine against the plain path: the same loss and gradients, for every scheme on every tiny base."""
+"""The engine against the plain path: the same loss and gradients, for every scheme on every tiny base.
+
+The large products take turns: each day every base and every scheme, with other partners.
+"""
 
 from __future__ import annotations
 
@@ -73,12 +76,14 @@ def assert_equal(model: AdaptedModel, images: torch.Tensor, memory: str, toleran
     assert largest_difference(ours, plain) <= tolerance
 
 
+@pytest.mark.in_turn(3)
 @pytest.mark.parametrize(("trait", "scheme"), ALL_CASES)
 def test_loss_and_gradients_are_the_plain_path_s(trait: str, scheme: str) -> None:
     model = adapted(trait, scheme, torch.float64)
     assert_equal(model, make_images(trait).double(), "low", 1e-9)
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("memory", ["fast", "min"])
 @pytest.mark.parametrize("trait", BASES)
 @pytest.mark.parametrize("scheme", ["conv-par", "convpass"])
@@ -87,6 +92,7 @@ def test_the_other_settings_too(trait: str, scheme: str, memory: str) -> None:
     assert_equal(model, make_images(trait).double(), memory, 1e-9)
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("trait", BASES)
 @pytest.mark.parametrize("scheme", ["conv-par", "lora"])
 def test_single_precision(trait: str, scheme: str) -> None:
@@ -123,6 +129,7 @@ def test_norms_that_train(trait: str, scheme: str, memory: str) -> None:
         torch.testing.assert_close(buffer, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("trait", ["plain", "depth-wise", "layer-scaled", "tokens", "windowed", "dense"])
 @pytest.mark.parametrize("scheme", ["conv-par", "lora", "ssf", "norm"])
 def test_never_more_is_kept(trait: str, scheme: str) -> None:

@@ -265,14 +265,14 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(place, "set_rng_state", lambda *_: None)
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.usefixtures("no_driver")
+@pytest.mark.parametrize("precision", HALVES)
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("trait", TRAITS)
-def test_on_a_gpu_by_name(trait: str, memory: Memory) -> None:
+def test_on_a_gpu_by_name(trait: str, memory: Memory, precision: str) -> None:
     side = make_images(trait).shape[-1]
-    model = adapted(trait, "conv-par", torch.float32)
-    for precision in HALVES:
-        kept, plain = cuda_step(model, memory, precision, side)
-        assert bytes_of(in_fp32(kept)) <= 1.1 * bytes_of(in_fp32(plain))
-        if trait not in WIDE_ON_CUDA:
-            assert bytes_of(in_fp32(kept)) <= 0.05 * bytes_of(maps(kept))
+    kept, plain = cuda_step(adapted(trait, "conv-par", torch.float32), memory, precision, side)
+    assert bytes_of(in_fp32(kept)) <= 1.1 * bytes_of(in_fp32(plain))
+    if trait not in WIDE_ON_CUDA:
+        assert bytes_of(in_fp32(kept)) <= 0.05 * bytes_of(maps(kept))
