@@ -58,7 +58,7 @@ def command(
     fit_images: Annotated[int, typer.Option("--fit-images", min=1, help="The most pictures to fit on.")] = 512,
     tolerance: Annotated[
         str | None,
-        typer.Option("--tolerance", help="The most lost on --data, else exit 3: top1=0.5%, agreement=1%, logit=0.1."),
+        typer.Option("--tolerance", help="The most lost on --data, else exit 3: top1=0.5%, disagreement=1%, logit=0.1"),
     ] = None,
     finetune_epochs: Annotated[
         int,

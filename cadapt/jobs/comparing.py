@@ -106,7 +106,7 @@ def describe_miss(tolerance: Tolerance, found: OnData, frontier: Sequence[Fronti
         return f"the merged model is not within {tolerance} on the {images} pictures that the frontier is judged on"
     said = {
         "top1": f"top-1 falls by {found.top1_before - found.top1_after:.2%}, to {found.top1_after:.2%}",
-        "agreement": f"{1 - found.agreement:.2%} of predictions differ",
+        "disagreement": f"{1 - found.agreement:.2%} of predictions differ",
         "logit": f"a logit differs by {found.max_logit_error:.3g}",
     }[tolerance.metric]
     return f"the merged model is not within {tolerance}: {said} on {found.images} pictures"
