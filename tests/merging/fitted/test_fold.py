@@ -52,7 +52,7 @@ def kept_rows(model: AdaptedModel) -> tuple[SiteMerge, ...]:
 @pytest.mark.parametrize("base", ["plain", "norm-free", "weight-standardised", "overwriting", "straight"])
 def test_adapters_that_are_linear_are_found_whole(base: str) -> None:
     model = linear(base).double().eval()
-    found = fold_fitted(model, kept_rows(model), fit_on(base))
+    found = fold_fitted(model, kept_rows(model), fit_on(base, "disagreement=100%"))
     last = found.frontier[-1]
     assert last.folded == len(model.plan.insertions)
     # where maps are small, so few pictures do not tell all weights; a conv of groups cannot hold what mixes them
