@@ -196,7 +196,10 @@ class _Job:
         """The model that the file gives, and the file; without one, the merged model itself."""
         options = self.options
         if options.apply == "timm":
-            return merged, checkpoint_bytes(merged, dtype=options.torch_dtype)
+            data = checkpoint_bytes(merged, dtype=options.torch_dtype)
+            if not report.timm_loadable:
+                self.tell(f"cadapt.merging.load_merged reads the checkpoint, timm does not: {report.timm_reason}")
+            return merged, data
         if options.apply is None:
             return merged, None
         bundle = to_bundle(to_deltas(adapted, merged))
