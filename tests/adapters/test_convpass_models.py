@@ -127,6 +127,7 @@ CASES = [*((name, "convpass") for name in MODELS), ("class-token", "convpass-att
 BOUNDS = {torch.float32: (1e-6, 5e-6), torch.float64: (1e-13, 1e-13)}
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=["fp32", "fp64"])
 @pytest.mark.parametrize(("name", "scheme"), CASES)
 def test_models_agree_with_hooks(name: str, scheme: str, dtype: torch.dtype) -> None:
