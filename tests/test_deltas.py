@@ -116,6 +116,7 @@ def test_the_base_keeps_its_values_and_the_file_has_the_differences_alone(scheme
             assert torch.equal(again(images), base(images))
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("scheme", ["bias", "norm", "bias+norm"])
 @pytest.mark.parametrize("name", BASES)
 def test_merging_puts_them_into_the_base(name: str, scheme: str) -> None:

@@ -76,7 +76,7 @@ def assert_equal(model: AdaptedModel, images: torch.Tensor, memory: str, toleran
     assert largest_difference(ours, plain) <= tolerance
 
 
-@pytest.mark.in_turn(3)
+@pytest.mark.in_turn(4)
 @pytest.mark.parametrize(("trait", "scheme"), ALL_CASES)
 def test_loss_and_gradients_are_the_plain_path_s(trait: str, scheme: str) -> None:
     model = adapted(trait, scheme, torch.float64)
@@ -113,6 +113,7 @@ def in_double(grads: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tenso
     return {name: None if grad is None else grad.double() for name, grad in grads.items()}
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("memory", ["low", "min"])
 @pytest.mark.parametrize("trait", ["plain", "depth-wise", "dense", "pooled", "mixed-kernels", "re-parameterised"])
 @pytest.mark.parametrize("scheme", ["conv-par", "norm"])

@@ -49,6 +49,7 @@ def distance(ours: Mapping[str, Tensor | None], reference: Mapping[str, Tensor |
     return (error / sum(float(other.double().square().sum()) for _, other in pairs)) ** 0.5
 
 
+@pytest.mark.in_turn(3)
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize(("trait", "precision"), [*((trait, "bf16") for trait in TRAITS), ("layer-scaled", "fp16")])
 def test_near_the_plain_path_and_near_fp32(trait: str, precision: str, memory: Memory) -> None:
@@ -64,6 +65,7 @@ def test_near_the_plain_path_and_near_fp32(trait: str, precision: str, memory: M
     assert all(grad is None or grad.dtype == torch.float32 for grad in grads.values())
 
 
+@pytest.mark.in_turn(3)
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("trait", TRAITS)
 def test_about_half_of_the_bytes_are_kept(trait: str, memory: Memory) -> None:
@@ -265,7 +267,7 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(place, "set_rng_state", lambda *_: None)
 
 
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(3)
 @pytest.mark.usefixtures("no_driver")
 @pytest.mark.parametrize("precision", HALVES)
 @pytest.mark.parametrize("memory", MEMORIES)
