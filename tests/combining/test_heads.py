@@ -67,7 +67,9 @@ def test_a_head_that_began_as_the_bases_is_joined() -> None:
     one = cadapt.insert(BASE, scheme="linear", img_size=32).eval()
     assert one.plan.head is not None and one.plan.head.init == "base"
     one.classes = tuple(f"class {number}" for number in range(one.plan.head.num_classes))
-    found = combine({"one": one, "two": make_task(BASE, "linear", "ab", task=2)}, "linear", Settings(weights=(1.0, 0.0)))
+    found = combine(
+        {"one": one, "two": make_task(BASE, "linear", "ab", task=2)}, "linear", Settings(weights=(1.0, 0.0))
+    )
     with torch.no_grad():
         torch.testing.assert_close(found(pictures())[:, : len(one.classes)], one(pictures()), rtol=0, atol=1e-5)
 
