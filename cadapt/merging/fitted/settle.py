@@ -76,11 +76,10 @@ def _gone(
     if action == "dropped":
         return replace(nothing, status="dropped", hosts=(), reason="the model is within the tolerance without it")
     layers = [(before(path), after.get_submodule(path)) for path in row.hosts]
-    taken = f"{row.hosts[0]}" + (f" and {len(row.hosts) - 1} more" if len(row.hosts) > 1 else "")
     return replace(
         nothing,
         status="fitted",
-        reason=f"a kernel in {taken} stands in for {row.r2 or 0.0:.0%} of it",
+        reason=f"a kernel stands in for {row.r2 or 0.0:.1%} of it",
         note="; ".join(notes[path] for path in row.hosts if path in notes),
         parameters_after=sum(_bias_count(new) - _bias_count(old) for old, new in layers),
         relative_update=_update(layers),
@@ -90,7 +89,7 @@ def _gone(
 def _why_not(row: SiteMerge, fit: Fit) -> str:
     if not row.hosts:
         return "no layer of the base reaches its joint linearly, and without it the model leaves the tolerance"
-    return f"a kernel would stand in for {row.r2 or 0.0:.0%} of it, and folding it leaves the tolerance {fit.tolerance}"
+    return f"a kernel would stand in for {row.r2 or 0.0:.1%} of it, and folding it leaves the tolerance {fit.tolerance}"
 
 
 def _bias_count(layer: nn.Module) -> int:
