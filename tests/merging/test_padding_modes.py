@@ -1,4 +1,4 @@
-"""Convs that pad by other than zeros: adapters beside them pad alike and fold; where an old file did not, it is refused."""
+"""Convs that pad by other than zeros: adapters beside them pad alike and fold; old files that did not are refused."""
 
 from dataclasses import replace
 from typing import Any
