@@ -25,7 +25,7 @@ from cadapt.merging.rebuild import bare_base, rebuild, survey_again
 from cadapt.merging.report import FrontierPoint, SiteMerge
 from cadapt.surgery import adapter_path
 
-_SCREENED = 192
+_SCREENED = 128
 _STAYING = ("kept", "simplified", "refused")
 
 

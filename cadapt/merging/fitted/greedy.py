@@ -6,7 +6,7 @@ folded, so only the least of the old figures is measured again, until one stays 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cadapt.merging.fitted.judge import Answers, answer, compare
@@ -44,23 +44,37 @@ class Greedy:
         self.work, self.reference = work, reference
         self.batches, self.pictures, self.screen = batches, pictures, screen
         self.wanted: Answers = answer(reference.model, screen)
-        self.measured: Sequence[Measured] = self._measure(range(len(work.joints)))
-
-    def _measure(self, indices: Sequence[int]) -> list[Measured]:
-        pairs = [(self.work.joints[index], self.reference.joints[index]) for index in indices]
-        return measure(self.work.model, self.reference.model, pairs, self.batches, self.pictures)
+        self.measured: list[Measured] = []
+        self._order = {node: place for place, node in enumerate(work.model.graph.nodes)}
+        self._first_change = len(self._order)
 
     def folds(self, on_progress: Callable[[str], None]) -> Iterator[Fold]:
         """Apply all folds in turn, least harmful first; each is yielded when it has been applied."""
-        left = []
-        for index, found in enumerate(self.measured):
-            left.append(self._consider(index, found))
-            on_progress(f"measured {index + 1} of {len(self.measured)} adapters")
+        work = self.work
+        for found in measure(work.model, work.joints, self.batches, self.pictures):
+            self.measured.append(found)
+            on_progress(f"measured {len(self.measured)} of {len(work.joints)} adapters")
+        left = [self._consider(index, found) for index, found in enumerate(self.measured)]
         while left:
             best = self._least(left)
             left.remove(best)
-            self.work.apply(best.fold)
+            work.apply(best.fold)
+            self._note(best.fold)
             yield best.fold
+
+    def _note(self, fold: Fold) -> None:
+        """Remember from where on the model is another one."""
+        joint = self.work.joints[fold.index]
+        changed = [joint.delta, *(host.node for host in joint.hosts if host.path in fold.changes)]
+        self._first_change = min(self._first_change, *(self._order[node] for node in changed))
+
+    def _measured_again(self, index: int) -> Measured:
+        """An adapter on the model as it is by now: as it was where all that changed lies behind it."""
+        joint = self.work.joints[index]
+        if self._order[joint.total] < self._first_change:
+            return self.measured[index]
+        unmerged = (self.reference.model, [self.reference.joints[index]])
+        return next(measure(self.work.model, [joint], self.batches, self.pictures, unmerged))
 
     def _least(self, left: list[_Candidate]) -> _Candidate:
         fresh: set[int] = set()
@@ -69,7 +83,7 @@ class Greedy:
             if left[0].fold.index in fresh:
                 break
             index = left[0].fold.index
-            left[0] = self._consider(index, self._measure([index])[0])
+            left[0] = self._consider(index, self._measured_again(index))
             fresh.add(index)
         return min((item for item in left if item.fold.index in fresh), key=lambda item: item.harm)
 

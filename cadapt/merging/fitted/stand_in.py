@@ -13,21 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from cadapt.adapted import AdaptedModel
-from cadapt.graph.operators import shape_of
 from cadapt.merging.fitted.activity import Activity
 from cadapt.merging.fitted.hosts import Host, Joint
 from cadapt.merging.fitted.options import Batches
 from cadapt.merging.fitted.ridge import Moments, Solution, polish, share_explained
 from cadapt.merging.fitted.rows import Places, draw_places, grid_of, pick, rows_of
-from cadapt.merging.fitted.watch import values_of
+from cadapt.merging.fitted.watch import values_of, watch_values
 
 _LEAST_ROWS, _MOST_ROWS, _ROWS_PER_REGRESSOR = 8192, 40_000, 4
 _MOST_KEPT_ROWS = 12_000
-# of the values of several joints held at once
-_BYTES_AT_ONCE = 1_500_000_000
+# of the moments of several adapters
+_BYTES_AT_ONCE = 3_000_000_000
 _HELD_OUT = 4  # every fourth picture
 _SMALLEST_SCALE = 1e-6
 
@@ -56,52 +55,73 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    work: AdaptedModel, reference: AdaptedModel, joints: Sequence[tuple[Joint, Joint]], batches: Batches, pictures: int
-) -> list[Measured]:
-    """Measure adapters and fit their stand-ins, in as few passes over the pictures as memory allows.
+    work: AdaptedModel,
+    joints: Sequence[Joint],
+    batches: Batches,
+    pictures: int,
+    unmerged: tuple[AdaptedModel, Sequence[Joint]] | None = None,
+) -> Iterator[Measured]:
+    """Measure adapters and fit their stand-ins, in one pass over the pictures where memory allows.
 
     Args:
         work: the model as it is by now, in fp32.
-        reference: the unmerged one.
-        joints: of each adapter in both of them, in that order.
+        joints: of the adapters.
         batches: the pictures; labels are not looked at.
         pictures: how many they are.
+        unmerged: the model that the target is taken from and the same adapters' joints in it; None where nothing was
+            folded yet.
     """
-    found: list[Measured] = []
-    batch_size = max(len(images) for images, _ in batches)
-    for group in _grouped(joints, batch_size):
-        gauges = [_Gauge(work, own, pictures) for own, _ in group]
+    for group in _grouped(joints):
+        gauges = [_Gauge(work, joints[index], pictures) for index in group]
         for number, (images, _) in enumerate(batches):
+            totals: dict[int, torch.Tensor] = {}
+            if unmerged is not None:
+                there = {unmerged[1][index].total: place for place, index in enumerate(group)}
+                found = values_of(unmerged[0], there, images)
+                totals = {place: found[node] for node, place in there.items()}
             with ExitStack() as stack:
                 for gauge in gauges:
                     stack.enter_context(gauge.activity.watching())
-                wanted = {node for gauge in gauges for node in gauge.nodes}
-                values = values_of(work, wanted, images)
-            totals = values_of(reference, {there.total for _, there in group}, images)
-            for gauge, (_, there) in zip(gauges, group, strict=True):
-                gauge.add(values, totals[there.total], number)
-        found.extend(gauge.result() for gauge in gauges)
-    return found
+                _run(work, gauges, images, totals, number)
+        for gauge in gauges:
+            yield gauge.result()
 
 
-def _grouped(joints: Sequence[tuple[Joint, Joint]], batch_size: int) -> Iterator[list[tuple[Joint, Joint]]]:
-    """The joints in runs whose values fit into memory at once, for a batch of that size."""
-    group: list[tuple[Joint, Joint]] = []
+def _run(
+    work: AdaptedModel, gauges: Sequence[_Gauge], images: torch.Tensor, totals: dict[int, torch.Tensor], number: int
+) -> None:
+    """Run a batch; each gauge takes its values as soon as they are there, and what nobody waits for is let go."""
+    values: dict[fx.Node, torch.Tensor] = {}
+    waiting = dict(enumerate(gauges))
+
+    def take(node: fx.Node, value: torch.Tensor) -> None:
+        values[node] = value
+        for place in [place for place, gauge in waiting.items() if gauge.nodes <= values.keys()]:
+            joint = gauges[place].joint
+            total = totals.get(place)
+            gauges[place].add(values, values[joint.output] + values[joint.delta] if total is None else total, number)
+            del waiting[place]
+        awaited = {node for gauge in waiting.values() for node in gauge.nodes}
+        for done in values.keys() - awaited:
+            del values[done]
+
+    watch_values(work, {node for gauge in gauges for node in gauge.nodes}, images, take)
+
+
+def _grouped(joints: Sequence[Joint]) -> Iterator[list[int]]:
+    """The joints' indices in runs whose moments fit into memory at once."""
+    group: list[int] = []
     held = 0
-    for pair in joints:
-        need = batch_size * 2 * _elements(pair[0]) * 4
+    for index, joint in enumerate(joints):
+        regressors = sum(host.node.meta["host"].weight[0].numel() for host in joint.hosts)
+        need = 8 * regressors**2 * (int(getattr(joint.hosts[0].node.meta["host"], "groups", 1)) if joint.hosts else 0)
         if group and held + need > _BYTES_AT_ONCE:
             yield group
             group, held = [], 0
-        group.append(pair)
+        group.append(index)
         held += need
     if group:
         yield group
-
-
-def _elements(joint: Joint) -> int:
-    nodes = [joint.output, *(host.node.all_input_nodes[0] for host in joint.hosts)]
-    return sum(math.prod((shape_of(node) or (1,))[1:]) for node in nodes)
 
 
 class _Gauge:
@@ -133,11 +153,11 @@ class _Gauge:
         """Take up a batch: the values of the work's nodes, and the reference's sum at the joint."""
         joint = self.joint
         output = values[joint.output]
-        self.delta += float(values[joint.delta].double().square().sum())
-        self.output += float(output.double().square().sum())
+        self.delta += float(values[joint.delta].square().sum(dtype=torch.float64))
+        self.output += float(output.square().sum(dtype=torch.float64))
         if not self.layers:
             return
-        wanted = self._in_host(total.double() - output.double())
+        wanted = self._in_host(total - output)
         is_held = (torch.arange(len(wanted)) + number) % _HELD_OUT == _HELD_OUT - 1
         for mask, keep in ((is_held, self.held), (~is_held, self.fitted)):
             if not bool(mask.any()):
