@@ -25,7 +25,7 @@ from cadapt.merging.rebuild import bare_base, rebuild, survey_again
 from cadapt.merging.report import FrontierPoint, SiteMerge
 from cadapt.surgery import adapter_path
 
-_SCREENED = 128
+_SCREENED = 64
 _STAYING = ("kept", "simplified", "refused")
 
 
@@ -82,15 +82,18 @@ def _say_nothing(line: str) -> None:
 
 
 def _some(batches: Batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The first batches, until they are enough to tell one harm from another."""
-    taken: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for batch in batches:
-        taken.append(batch)
-        if sum(len(images) for images, _ in taken) >= _SCREENED:
-            break
-    if not taken:
+    """A few pictures of every batch, in one: files often come class by class.
+
+    Raises:
+        UsageError: there are none.
+    """
+    number = sum(1 for _ in batches)
+    if not number:
         raise UsageError("there are no pictures to fit on")
-    return taken
+    share = -(-_SCREENED // number)
+    # copies: a loader may write into its memory again
+    taken = [(images[:share].clone(), labels[:share].clone()) for images, labels in batches]
+    return [(torch.cat([images for images, _ in taken]), torch.cat([labels for _, labels in taken]))]
 
 
 class _Judge:
