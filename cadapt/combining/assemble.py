@@ -18,12 +18,15 @@ from cadapt.backbone import Backbone
 from cadapt.combining.heads import HEAD, JoinedHead, SideBySide, join_heads
 from cadapt.combining.methods import Settings, get_method
 from cadapt.combining.settings import shares
-from cadapt.combining.vectors import TaskVector, Vector, task_vector, weighted_sum
-from cadapt.errors import RefusedError, UsageError
+from cadapt.combining.vectors import TaskVector, Vector, norm, task_vector, weighted_sum
+from cadapt.errors import CadaptError, RefusedError, UsageError
 from cadapt.graph.shift import Readers
 from cadapt.merging.rebuild import bare_base, survey_again
 from cadapt.plan import Head, Insertion, Plan
 from cadapt.surgery import operate
+
+# what fp64 leaves of numbers that cancel, with room to spare, and far below what any training changes
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,12 +44,16 @@ class Tasks:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Combination:
-    """What one method gives: ``model`` with all tasks' own heads side by side, which it is judged by."""
+    """What one method gives: ``model`` with all tasks' own heads side by side, which it is judged by.
+
+    ``is_void`` says that nothing is left of vectors that are not zero: they cancelled each other.
+    """
 
     method: str
     settings: Settings
     vector: Vector
     model: AdaptedModel
+    is_void: bool
 
 
 def combine(models: Mapping[str, AdaptedModel], method: str = "ties", settings: Settings | None = None) -> AdaptedModel:
@@ -63,7 +70,9 @@ def combine(models: Mapping[str, AdaptedModel], method: str = "ties", settings: 
 
     Raises:
         UsageError: there is no such method, or another number of weights than models.
-        RefusedError: the models' bases, or adapters that do not fold, or heads differ.
+        UsageError: adapters that do not fold differ.
+        RefusedError: the models' bases, preprocessing or heads differ.
+        CadaptError: the vectors cancel out.
     """
     tasks = check_tasks(models)
     settings = settings or Settings(weights=(1.0,) * len(models))
@@ -74,8 +83,8 @@ def check_tasks(models: Mapping[str, AdaptedModel]) -> Tasks:
     """Compute the models' task vectors, and refuse those of which a combination makes no sense.
 
     Raises:
-        UsageError: there are fewer than two models, or one has no classes.
-        RefusedError: their bases, their preprocessing, or their adapters that do not fold differ.
+        UsageError: there are fewer than two models, one has no classes, or their adapters that do not fold differ.
+        RefusedError: their bases or their preprocessing differ.
     """
     if len(models) < 2:
         raise UsageError(f"got {len(models)} adapter to combine, expected two or more")
@@ -114,7 +123,7 @@ def _check_same_adapters(first_name: str, first: TaskVector, name: str, vector: 
             continue
         having, lacking, owner = (first_name, name, first) if key in ours else (name, first_name, vector)
         reason = owner.reasons[owner.insertions.index(item)]
-        raise RefusedError(
+        raise UsageError(
             f"cannot combine '{having}' and '{lacking}': {item.scheme} at '{item.site.name}' of '{having}' does not "
             f"fold into the base ({reason}), and '{lacking}' has no equal one there",
             hint="train both by the same scheme with the same settings, or by one that folds, such as lora",
@@ -138,7 +147,15 @@ def make_combination(tasks: Tasks, method: str, settings: Settings) -> Combinati
     vector = get_method(method).run([item.entries for item in tasks.vectors.values()], settings)
     model = _build(tasks, vector, settings.weights, tasks.first.plan.head)
     _put_heads(model, list(tasks.models.values()))
-    return Combination(method=method, settings=settings, vector=vector, model=model)
+    is_void = _is_void(tasks, vector, settings.weights)
+    return Combination(method=method, settings=settings, vector=vector, model=model, is_void=is_void)
+
+
+def _is_void(tasks: Tasks, vector: Vector, weights: Sequence[float]) -> bool:
+    """Whether no more than rounding is left of vectors that take part and are not zero."""
+    parts = zip(tasks.vectors.values(), weights, strict=True)
+    given = sum(abs(weight) * norm(item.entries) for item, weight in parts)
+    return given > 0 and norm(vector) <= _ROUNDING * given
 
 
 def finish(tasks: Tasks, combination: Combination) -> AdaptedModel:
@@ -146,7 +163,10 @@ def finish(tasks: Tasks, combination: Combination) -> AdaptedModel:
 
     Raises:
         RefusedError: the heads cannot be joined.
+        CadaptError: the vectors cancelled each other.
     """
+    if combination.is_void:
+        raise void_error([combination.method], combination.settings)
     joined = join_heads(tasks.models, shares(combination.settings.weights))
     if isinstance(joined, Refusal):
         raise RefusedError(f"no head for all classes: {joined.reason}", hint="train them with equal head options")
@@ -161,6 +181,16 @@ def finish(tasks: Tasks, combination: Combination) -> AdaptedModel:
         }
     }
     return model
+
+
+def void_error(methods: Sequence[str], settings: Settings) -> CadaptError:
+    """The refusal of a combination in which nothing is left of the tasks."""
+    weights = ",".join(f"{weight:g}" for weight in settings.weights)
+    return CadaptError(
+        f"nothing is left by {', '.join(methods)} with weights {weights}: the adapters cancel each other, "
+        "and the file would be the base with another head",
+        hint="--weights 1,1: weights of one sign; and a --scale above 0",
+    )
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Literal
@@ -11,12 +10,15 @@ import torch
 
 from cadapt.combining.report import PairConflict, PlaceConflict
 from cadapt.combining.ties import shared_signs, trim
-from cadapt.combining.vectors import TaskVector, Vector, place_of
+from cadapt.combining.vectors import TaskVector, Vector, norm, place_of
 from cadapt.plan import Insertion
 
 
 def compare_vectors(vectors: Mapping[str, Vector], density: float) -> tuple[PairConflict, ...]:
-    """Compare each pair of vectors; ``density`` is the share of each one's entries that count as its larger ones."""
+    """Compare each pair of vectors, which are those that are added: each task's, times its weight.
+
+    ``density`` is the share of each one's entries that count as its larger ones.
+    """
     trimmed = {name: trim(vector, density) for name, vector in vectors.items()}
     return tuple(
         _compare(first, second, vectors, *shared_signs(trimmed[first], trimmed[second]))
@@ -43,11 +45,6 @@ def _compare(first: str, second: str, vectors: Mapping[str, Vector], shared: int
     )
 
 
-def norm(vector: Vector) -> float:
-    """The Euclidean norm of a vector."""
-    return math.sqrt(sum(float(value.square().sum()) for value in vector.values()))
-
-
 def _mass(vector: Vector) -> float:
     return sum(float(value.abs().sum()) for value in vector.values())
 
@@ -58,7 +55,7 @@ def compare_places(
     """Compare the vectors place by place: layers of the base first, then the adapters that do not fold.
 
     Args:
-        vectors: the tasks' vectors by the tasks' names.
+        vectors: the tasks' vectors by the tasks' names, times their weights.
         density: as :func:`compare_vectors` takes it, of each place.
         difference: for each task the scheme that changed the base's tensors where no adapter folded.
     """

@@ -10,7 +10,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class PairConflict:
-    """How far two task vectors disagree; figures are None where they say nothing, since a vector is zero.
+    """How far two task vectors disagree, each times its weight; figures are None where a vector is zero then.
 
     ``cosine`` is of the angle between the two. ``sign_conflict`` is the share of disagreeing signs among the entries
     that are of the larger ones in both vectors, as TIES counts (arXiv 2306.01708, section 3); vectors that know nothing
@@ -31,7 +31,8 @@ class PairConflict:
 class PlaceConflict:
     """The vectors at one place: a layer of the base, or an adapter that does not fold.
 
-    ``schemes`` are those of the files, in their order, None where a file changed nothing there; ``norms`` likewise.
+    ``schemes`` are those of the files, in their order, None where a file changed nothing there; ``norms`` are of the
+    vectors times their weights.
     """
 
     place: str
@@ -98,6 +99,16 @@ class CombinationFigures:
         """The mean over the tasks."""
         return mean(list(self.open))
 
+    @property
+    def worst_known(self) -> float:
+        """Of the task that fares worst."""
+        return min(self.known)
+
+    @property
+    def worst_open(self) -> float | None:
+        """Of the task that fares worst."""
+        return min((value for value in self.open if value is not None), default=None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CombineReport:
@@ -106,7 +117,7 @@ class CombineReport:
     ``overall`` compares the whole vectors. ``classes`` are those of the combined file; ``head`` says how its classifier
     comes about, ``head_reason`` why there can be none. ``seeds_differ`` says that adapters which do not fold were
     trained from different first values, so that their combination means less. ``best`` is the method that would be
-    written, or was; ``verdict`` is one sentence.
+    written, or was, ``chosen_by`` what made it that; ``verdict`` is one sentence.
     """
 
     base: str
@@ -120,6 +131,7 @@ class CombineReport:
     classes: tuple[str, ...]
     combinations: tuple[CombinationFigures, ...] = ()
     best: str
+    chosen_by: str
     verdict: str
     applied: str | None = None
 
@@ -130,6 +142,7 @@ class CombineReport:
             row |= {"cosine": place.cosine, "sign_conflict": place.sign_conflict, "cancelled": place.cancelled}
         for row, item in zip(record["combinations"], self.combinations, strict=True):
             row |= {"mean_known": item.mean_known, "mean_open": item.mean_open}
+            row |= {"worst_known": item.worst_known, "worst_open": item.worst_open}
         return {"schema": SCHEMA, "kind": "combination", **record}
 
 

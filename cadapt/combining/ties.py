@@ -13,6 +13,9 @@ import torch
 from cadapt.combining.settings import Settings
 from cadapt.combining.vectors import Vector
 
+# what fp64 leaves of a sum that is zero on paper, relative to its terms
+_ROUNDING = 1e-12
+
 
 def merge_ties(vectors: Sequence[Vector], settings: Settings) -> dict[str, torch.Tensor]:
     """λ times the disjoint mean of the trimmed vectors, each with its weight."""
@@ -41,12 +44,14 @@ def trim(vector: Vector, density: float) -> dict[str, torch.Tensor]:
 def _disjoint_mean(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """The mean of the values whose sign is that of the weighted sum; zeros take no part."""
     weighted = torch.stack([weight * value for value, weight in zip(values, weights, strict=True)])
-    elected = weighted.sum(dim=0).sign()
+    total = weighted.sum(dim=0)
+    # a sign is not elected by the rounding of values that cancel
+    elected = torch.where(total.abs() > _ROUNDING * weighted.abs().sum(dim=0), total.sign(), 0.0)
     agrees = (weighted.sign() == elected) & (elected != 0)
     sizes = torch.tensor([abs(weight) for weight in weights], dtype=weighted.dtype)
     share = (agrees * sizes.reshape(-1, *[1] * (weighted.dim() - 1))).sum(dim=0)
-    total = (weighted * agrees).sum(dim=0)
-    return torch.where(share > 0, total / share.clamp_min(torch.finfo(share.dtype).tiny), 0.0)
+    agreed = (weighted * agrees).sum(dim=0)
+    return torch.where(share > 0, agreed / share.clamp_min(torch.finfo(share.dtype).tiny), 0.0)
 
 
 def shared_signs(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> tuple[int, int]:

@@ -9,8 +9,9 @@ equal adapters, which is checked in :mod:`cadapt.combining.assemble`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,6 +48,13 @@ class TaskVector:
     def entries(self) -> dict[str, torch.Tensor]:
         """The vector as a whole."""
         return {**self.differences, **self.adapters}
+
+    def times(self, weight: float) -> TaskVector:
+        """The vector as it enters a sum."""
+        differences = {name: weight * value for name, value in self.differences.items()}
+        return replace(
+            self, differences=differences, adapters={name: weight * value for name, value in self.adapters.items()}
+        )
 
 
 @torch.no_grad()
@@ -120,6 +128,11 @@ def place_of(name: str, insertions: Iterable[Insertion]) -> str:
         if name.startswith(f"{adapter_path(insertion)}."):
             return insertion.site.name
     return name.rpartition(".")[0] or name
+
+
+def norm(vector: Vector) -> float:
+    """The Euclidean norm of a vector."""
+    return math.sqrt(sum(float(value.square().sum()) for value in vector.values()))
 
 
 def weighted_sum(vectors: Sequence[Vector], weights: Sequence[float]) -> dict[str, torch.Tensor]:

@@ -18,14 +18,15 @@ from cadapt.adapters import Refusal
 from cadapt.backbone import check_identity
 from cadapt.bundle import Bundle
 from cadapt.combining import METHODS, CombineReport, Settings, check_tasks
-from cadapt.combining.assemble import Combination, Tasks, check_same_base, finish, make_combination
-from cadapt.combining.conflicts import compare_places, compare_vectors, norm
+from cadapt.combining.assemble import Combination, Tasks, check_same_base, finish, make_combination, void_error
+from cadapt.combining.conflicts import compare_places, compare_vectors
 from cadapt.combining.heads import JoinedHead, join_heads
 from cadapt.combining.judge import Judged, judge
 from cadapt.combining.methods import get_method
 from cadapt.combining.report import CombinationFigures, TaskFacts
 from cadapt.combining.settings import shares
-from cadapt.combining.verdict import best_of, judge_measured, judge_vectors
+from cadapt.combining.vectors import norm
+from cadapt.combining.verdict import best_of, chosen_by, judge_measured, judge_vectors
 from cadapt.data import evaluation_batches
 from cadapt.errors import CadaptError, RefusedError, UsageError
 from cadapt.jobs.merge_data import open_judged
@@ -106,9 +107,10 @@ def combine_bundles(
         on_progress: called with how many pictures are decoded and how many there are.
 
     Raises:
-        UsageError: an unknown method or device, or another number of weights or sources than of adapters.
-        RefusedError: bases, adapters that do not fold, or (with ``apply``) heads differ; unreadable pictures.
-        CadaptError: an adapter was never trained, or the base's weights cannot be had.
+        UsageError: an unknown method or device, another number of weights or sources than of adapters, or adapters
+            that do not fold differ.
+        RefusedError: bases or (with ``apply``) heads differ; unreadable pictures.
+        CadaptError: an adapter was never trained, the base's weights cannot be had, or all that was learned cancels.
     """
     methods = [get_method(options.method).name] if options.method is not None else list(METHODS)
     place = resolve_device(options.device)
@@ -122,7 +124,7 @@ def combine_bundles(
         return Combined(report=_report(tasks, joined, options, {}, {}), bundle=None)
     chosen = methods if options.data else [options.method or _UNMEASURED]
     note(f"combining {len(bundles)} adapters by {', '.join(chosen)}")
-    made = {name: make_combination(tasks, name, options.settings) for name in chosen}
+    made = _make(tasks, chosen, options.settings, note)
     head = joined if isinstance(joined, JoinedHead) else None
     judged = _judge_all(tasks, made, head, options, place, note, on_progress) if options.data else {}
     report = _report(tasks, joined, options, made, judged)
@@ -130,6 +132,19 @@ def combine_bundles(
         return Combined(report=report, bundle=None)
     bundle = to_bundle(finish(tasks, made[report.best]))
     return Combined(report=replace(report, applied=report.best), bundle=bundle)
+
+
+def _make(
+    tasks: Tasks, methods: Sequence[str], settings: Settings, note: Callable[[str], None]
+) -> dict[str, Combination]:
+    """The methods' combinations but those in which everything cancelled."""
+    made = {name: make_combination(tasks, name, settings) for name in methods}
+    void = [name for name, item in made.items() if item.is_void]
+    if len(void) == len(made):
+        raise void_error(void, settings)
+    if void:
+        note(f"left out, since the adapters cancel each other: {', '.join(void)}")
+    return {name: item for name, item in made.items() if not item.is_void}
 
 
 def _check(bundles: Mapping[str, Bundle], options: CombineOptions) -> None:
@@ -197,7 +212,11 @@ def _report(
     judged: Mapping[str, Judged],
 ) -> CombineReport:
     density = options.settings.density
-    overall = compare_vectors({name: vector.entries for name, vector in tasks.vectors.items()}, density)
+    weighted = {
+        name: vector.times(weight)
+        for (name, vector), weight in zip(tasks.vectors.items(), options.settings.weights, strict=True)
+    }
+    overall = compare_vectors({name: vector.entries for name, vector in weighted.items()}, density)
     combinations = tuple(_figures(name, options.settings, judged) for name in made) if judged else ()
     facts = _facts(tasks, options, judged)
     best = best_of(combinations)
@@ -206,9 +225,7 @@ def _report(
     return CombineReport(
         base=plans[0].base.name,
         tasks=facts,
-        places=compare_places(
-            tasks.vectors, density, {name: model.plan.scheme for name, model in tasks.models.items()}
-        ),
+        places=compare_places(weighted, density, {name: model.plan.scheme for name, model in tasks.models.items()}),
         overall=overall,
         density=density,
         seeds_differ=kept and len({plan.seed for plan in plans}) > 1,
@@ -217,6 +234,7 @@ def _report(
         classes=() if isinstance(joined, Refusal) else joined.classes,
         combinations=combinations,
         best=best.method if best is not None else options.method or _UNMEASURED,
+        chosen_by="--method" if options.method is not None else chosen_by(combinations),
         verdict=judge_vectors(overall) if best is None else judge_measured(facts, best),
     )
 

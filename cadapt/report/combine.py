@@ -48,7 +48,7 @@ def summary_lines(report: CombineReport) -> tuple[str, ...]:
         classes = number_of(len(report.classes), "class", "classes")
         lines.append(f"combined head: {classes}, the adapters' own heads {report.head}")
     if len(report.combinations) > 1:
-        lines.append(f"* the best on these pictures, by which it was chosen: judge {report.best} on others")
+        lines.append(f"* chosen by {report.chosen_by}, on these pictures: judge {report.best} on others")
     return (*lines, report.verdict)
 
 

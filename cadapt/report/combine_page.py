@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 _MEANINGS = (
     (
         "cosine",
-        "Of the angle between two task vectors, trained less initial values: 1 is one direction, 0 a right angle.",
+        "Of the angle between two task vectors, trained less initial values, times their weights: 1 is one direction, "
+        "0 a right angle.",
     ),
     (
         "signs disagree",
@@ -52,8 +53,11 @@ def _tiles(report: CombineReport) -> Markup:
     ]
     for item in report.combinations:
         if item.method == report.best:
-            detail = f"{item.method}, own classes; all classes {share(item.mean_open)}"
-            found.append(Tile(label="mean top-1 of the best", value=share(item.mean_known), detail=detail))
+            detail = f"{item.method}, all classes; own classes {share(item.worst_known)}"
+            value = share(item.worst_known if item.worst_open is None else item.worst_open)
+            if item.worst_open is None:
+                detail = f"{item.method}, own classes; no head for all"
+            found.append(Tile(label="top-1 of the worst task", value=value, detail=detail))
     return tiles(found)
 
 
@@ -63,11 +67,20 @@ def _sections(report: CombineReport) -> Iterator[Markup]:
         yield section(
             "Combinations",
             _combinations(report),
-            lead="Top-1 on each task's pictures. The best is chosen on these pictures: judge it on others.",
+            lead=_lead(report),
         )
     if report.places:
         yield section("Where they disagree", _places(report), lead="One line for each layer or adapter of the network.")
     yield section("How it was measured", definitions(_MEANINGS))
+
+
+def _lead(report: CombineReport) -> str:
+    if len(report.combinations) == 1:
+        return "Top-1 on each task's pictures."
+    return (
+        f"Top-1 on each task's pictures. {report.best} is chosen on these pictures, by {report.chosen_by}: "
+        "judge it on others."
+    )
 
 
 def _tasks(report: CombineReport) -> Markup:

@@ -77,7 +77,8 @@ def test_json_page_and_file(files: dict[str, Path], here: Path) -> None:
     assert [item["method"] for item in found["combinations"]] == ["average", "linear", "ties", "dare"]
     assert [task["images"] for task in found["tasks"]] == [8, 9]
     assert found["classes"] == [*PETS, *WILD]
-    best = max(found["combinations"], key=lambda item: (item["mean_known"], item["mean_open"]))
+    best = max(found["combinations"], key=lambda item: (item["worst_open"], item["mean_known"]))
+    assert "worst task" in found["chosen_by"]
     assert found["applied"] == found["best"] == best["method"]
     assert (found["output"], found["bytes"]) == ("both.safetensors", Path("both.safetensors").stat().st_size)
     text = page.read_text()
@@ -112,6 +113,21 @@ def test_without_pictures_ties_is_written_beside_the_first(files: dict[str, Path
     assert several(names, "--apply", "--force", "-q").code == 0
 
 
+def test_what_cancels_is_told_and_refused(files: dict[str, Path], here: Path) -> None:
+    opposed = ("--weights=-1,1",)
+    told = several(files, *opposed, "--json", "-q", names=("pets", "pets"))
+    assert (
+        told.json["overall"][0]["cosine"] == pytest.approx(-1, abs=1e-9)
+        and "against each other" in told.json["verdict"]
+    )
+    data = ("--data", files["pets-data"], "--data", files["pets-data"])
+    for more in ((), data, ("--method", "linear")):
+        ran = several(files, *opposed, *more, "--apply", "-o", "x", "-q", names=("pets", "pets"))
+        check_refused(ran, 1, "the adapters cancel each other", hint="one sign")
+    check_refused(several(files, *opposed, *data, "-q", names=("pets", "pets")), 1, "average, linear, ties, dare")
+    assert list(here.iterdir()) == []
+
+
 def test_bytes_on_stdout(files: dict[str, Path], here: Path) -> None:
     ran = several(files, "--apply", "-o", "-", "-q")
     assert ran.code == 0, ran.stderr
@@ -130,7 +146,7 @@ def test_one_file_is_the_command_as_ever(files: dict[str, Path]) -> None:
     ("names", "arguments", "code", "said", "hint"),
     [
         (("pets", "foreign"), (), 4, "different bases: 'pets' was made for test_resnet", "same base"),
-        (("pets", "conv"), (), 4, "conv-par at 'layer1.0.conv1' of 'conv' does not fold", "same scheme"),
+        (("pets", "conv"), (), 2, "conv-par at 'layer1.0.conv1' of 'conv' does not fold", "same scheme"),
         (("pets", "normed"), ("--apply", "-o", "x"), 4, "the heads differ before their classifiers", "head"),
         (("pets", "wild"), ("--weights", "1"), 2, "got 1 weights for 2 adapters", "--weights 1,1"),
         (("pets", "wild"), ("--weights", "1,x"), 2, "weights are '1,x'", "--weights 1,1"),

@@ -14,7 +14,7 @@ from cadapt.adapted import AdaptedModel, disabled
 from cadapt.combining import METHODS, Settings, combine
 from cadapt.combining.assemble import Tasks, check_tasks, finish, make_combination
 from cadapt.combining.vectors import task_vector
-from cadapt.errors import RefusedError, UsageError
+from cadapt.errors import CadaptError, RefusedError, UsageError
 from cadapt.surgery import adapter_path
 from tests.combining.cases import make_base, make_task, pictures
 
@@ -186,6 +186,21 @@ def test_what_is_judged_is_what_is_written() -> None:
     torch.testing.assert_close(logits(judged), logits(written), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("scheme", ["lora", "conv-par"])
+def test_what_cancels_is_refused(scheme: str) -> None:
+    task = make_task(BASE, scheme, "ab", task=1)
+    tasks = check_tasks({"one": task, "two": copy.deepcopy(task), "three": copy.deepcopy(task)})
+    for method in METHODS:
+        with pytest.raises(CadaptError, match=f"nothing is left by {method} with weights") as refused:
+            combined(tasks, method, (0.1, 0.2, -0.3), density=1.0)
+        assert refused.value.exit_code == 1
+        combined(tasks, method, (0.1, 0.2, -0.2), density=1.0)
+
+
+def test_files_that_learned_a_head_only_combine() -> None:
+    assert len(combined(checked("linear"), "average").classes) == 5
+
+
 def test_three_tasks() -> None:
     lora = checked("lora")
     more = make_task(BASE, "bias", ("f", "g"), task=3)
@@ -200,10 +215,10 @@ def test_refusals() -> None:
     with pytest.raises(RefusedError, match=r"different bases: 'one' .* 'two'") as refused:
         combine({"one": lora, "two": foreign})
     assert refused.value.exit_code == 4
-    with pytest.raises(RefusedError, match=r"conv-par at '.*' of 'two' does not fold .* 'one' has no equal"):
+    with pytest.raises(UsageError, match=r"conv-par at '.*' of 'two' does not fold .* 'one' has no equal"):
         combine({"one": lora, "two": make_task(BASE, "conv-par", "cd", task=2)})
     narrow, wide = (make_task(BASE, "conv-par", "ab", task=1, gamma=gamma) for gamma in (4, 8))
-    with pytest.raises(RefusedError, match="has no equal one there"):
+    with pytest.raises(UsageError, match="has no equal one there"):
         combine({"one": narrow, "two": wide})
     with pytest.raises(UsageError, match="two or more"):
         combine({"one": lora})

@@ -50,6 +50,14 @@ def test_vectors_of_different_places_do_not_meet() -> None:
     assert (found.cosine, found.sign_conflict, found.cancelled) == (0, None, 0)
 
 
+def test_a_weight_turns_and_stretches_a_whole_vector() -> None:
+    for scheme in ("conv-par", "lora"):
+        found = task_vector(make_task(make_base(), scheme, "ab", task=1))
+        (pair,) = compare_vectors({"one": found.times(-2.0).entries, "two": found.entries}, 0.2)
+        assert (pair.cosine, pair.sign_conflict, pair.norm_ratio) == pytest.approx((-1, 1, 0.5), abs=1e-12)
+        assert pair.cancelled == pytest.approx(2 / 3, abs=1e-12)
+
+
 def test_a_zero_vector_has_no_figures() -> None:
     (found,) = compare_vectors({"one": vector(0, a=(9,)), "two": {"a": torch.zeros(9, dtype=torch.float64)}}, 0.5)
     assert (found.cosine, found.sign_conflict, found.cancelled, found.norm_ratio) == (None, None, None, None)

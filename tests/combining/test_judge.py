@@ -9,7 +9,7 @@ from torch import nn
 from cadapt.combining.heads import join_heads
 from cadapt.combining.judge import Judged, judge
 from cadapt.combining.report import CombinationFigures, PairConflict, TaskFacts
-from cadapt.combining.verdict import best_of, judge_measured, judge_vectors
+from cadapt.combining.verdict import best_of, chosen_by, judge_measured, judge_vectors
 from cadapt.errors import CadaptError
 from tests.combining.cases import make_base, make_task
 
@@ -84,36 +84,60 @@ def facts(name: str, top1: float) -> TaskFacts:
     return TaskFacts(name=name, scheme="lora", classes=2, seed=0, folded=1, kept=0, norm=1.0, top1=top1)
 
 
+def figures(name: str, known: tuple[float, ...], over_all: tuple[float | None, ...]) -> CombinationFigures:
+    return CombinationFigures(method=name, settings="", known=known, open=over_all)
+
+
 @pytest.mark.parametrize(
-    ("known", "words"),
-    [((0.90, 0.79), "they combine well"), ((0.90, 0.75), "at a loss"), ((0.5, 0.8), "better keep them apart")],
+    ("known", "over_all", "words"),
+    [
+        ((0.90, 0.79), (0.6, 0.4), "they combine well"),
+        ((0.99, 0.75), (0.6, 0.5), "they combine well"),
+        ((0.99, 0.74), (0.6, 0.5), "at a loss"),
+        ((0.88, 0.77), (0.6, 0.5), "at a loss"),
+        ((0.99, 0.69), (0.6, 0.5), "better keep them apart"),
+        ((0.83, 0.74), (0.6, 0.5), "better keep them apart"),
+        ((0.90, 0.79), (0.6, 0.39), "only where the task is known"),
+        ((0.93, 0.82), (0.85, 0.0), "only where the task is known"),
+    ],
 )
-def test_the_verdict_goes_by_what_is_lost(known: tuple[float, float], words: str) -> None:
-    item = CombinationFigures(method="ties", settings="", known=known, open=(0.6, 0.5))
-    said = judge_measured((facts("one", 0.9), facts("two", 0.8)), item)
-    worst = max(("one", 0.9 - known[0]), ("two", 0.8 - known[1]), key=lambda pair: pair[1])
-    assert words in said and f"{100 * worst[1]:.1f} points, on {worst[0]}" in said and "55.0 % over all" in said
+def test_the_verdict_goes_by_the_worst_task(
+    known: tuple[float, float], over_all: tuple[float, float], words: str
+) -> None:
+    said = judge_measured((facts("one", 0.9), facts("two", 0.8)), figures("ties", known, over_all))
+    assert words in said.partition(":")[0]
+    lost, name = max((0.9 - known[0], "one"), (0.8 - known[1], "two"))
+    assert f"{100 * abs(lost):.1f} points, on {name}" in said
+    assert ("at worst gains" in said) == (lost < -1e-12)
+    assert f"{50 * sum(over_all):.1f} % on average and at worst on {100 * over_all[1]:.1f} %, on two" in said
 
 
-def test_the_best_has_the_best_mean_with_the_task_known() -> None:
-    even, uneven, worse = (
-        CombinationFigures(method=name, settings="", known=known, open=over_all)
-        for name, known, over_all in (
-            ("even", (0.8, 0.8), (0.5, 0.5)),
-            ("uneven", (0.7, 0.9), (0.6, 0.6)),
-            ("worse", (0.9, 0.6), (0.9, 0.9)),
-        )
-    )
-    assert best_of([even, worse, uneven]) is uneven
-    assert best_of([]) is None
+def test_the_verdict_says_nothing_of_all_classes_where_no_head_has_them() -> None:
+    said = judge_measured((facts("one", 0.9), facts("two", 0.8)), figures("ties", (0.9, 0.8), (None, None)))
+    assert "they combine well" in said and "all classes" not in said
+
+
+def test_the_best_is_the_best_for_the_task_that_fares_worst_over_all_classes() -> None:
+    lopsided = figures("lopsided", (0.99, 0.99), (0.85, 0.0))
+    even, better = figures("even", (0.7, 0.8), (0.4, 0.3)), figures("better", (0.9, 0.7), (0.3, 0.3))
+    assert best_of([lopsided, even, better]) is better
+    assert "over all classes" in chosen_by([lopsided])
+    assert best_of([]) is None and "nothing was measured" in chosen_by([])
+
+
+def test_without_a_head_for_all_the_best_is_the_best_for_the_worst_task() -> None:
+    lopsided, even = figures("lopsided", (1.0, 0.5), (None, None)), figures("even", (0.7, 0.6), (None, None))
+    assert best_of([lopsided, even]) is even
+    assert "over all classes" not in chosen_by([lopsided])
 
 
 @pytest.mark.parametrize(
-    ("cosine", "words"), [(0.5, "the same way"), (0.0, "right angles"), (-0.5, "against"), (None, "nothing to tell")]
+    ("cosine", "words"), [(0.5, "the same way"), (0.0, "right angles"), (-0.5, "against"), (None, "nothing to compare")]
 )
 def test_the_verdict_without_pictures_goes_by_the_angle(cosine: float | None, words: str) -> None:
     conflict = None if cosine is None else 0.5 - cosine / 2
     pair = PairConflict(
         first="a", second="b", cosine=cosine, sign_conflict=conflict, cancelled=cosine, norm_ratio=cosine
     )
-    assert words in judge_vectors([pair])
+    said = judge_vectors([pair])
+    assert words in said and "over all classes, is not known without pictures" in said
