@@ -82,7 +82,7 @@ def command(
         bool, typer.Option("--timm", help="With --apply: a full checkpoint that timm loads, where all folds in.")
     ] = False,
     method: Annotated[
-        str | None, typer.Option("--method", help="Of several adapters: average, linear, ties or dare [the best].")
+        str | None, typer.Option("--method", help="average, linear, ties or dare [best worst task over all classes].")
     ] = None,
     weights: Annotated[
         str | None, typer.Option("--weights", metavar="W,W", help="Of several adapters: a factor for each [1,1].")
@@ -105,8 +105,9 @@ def command(
 ) -> None:
     """Report what folds into the base, per site, checked in fp64; with --apply, write the merged file.
 
-    Of several adapters: how far they conflict, and what their combinations are worth on each one's pictures. The
-    adapter files that were read are never changed.
+    Of several adapters: how far they conflict, and what their combinations are worth on each one's pictures. With
+    --data, the method is chosen by its worst task's top-1 over all classes, then by the mean with the task known;
+    without, it is ties. The adapter files that were read are never changed.
     """
     if len(files or ()) > 1:
         combine_files(context)
