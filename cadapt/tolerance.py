@@ -6,11 +6,13 @@ Read before anything is run, and without torch; :mod:`cadapt.merging` folds unde
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from cadapt.errors import UsageError, close_matches
 
+_LARGEST_PLAIN_SHARE = 0.1
 Metric = Literal["top1", "disagreement", "logit"]
 
 
@@ -49,14 +51,21 @@ def parse_tolerance(text: str) -> Tolerance:
     if name not in get_args(Metric):
         raise UsageError(f"unknown tolerance '{text}'", hint=close_matches(name, get_args(Metric)))
     percent = written.endswith("%")
+    number = written.removesuffix("%").strip()
+    if not equals:
+        raise UsageError(f"tolerance '{text}' has no value, expected metric=number", hint=f"try {name}=0.5%")
+    if not re.fullmatch(r"[0-9.eE+-]+", number):
+        raise UsageError(f"tolerance '{text}' is no number after '='", hint=f"try {name}=0.5")
     try:
-        bound = float(written.removesuffix("%")) / (100 if percent else 1)
+        bound = float(number) / (100 if percent else 1)
     except ValueError as error:
-        raise UsageError(f"tolerance '{text}' is no number after '='", hint=f"try {name}=0.5%") from error
-    if not equals or not math.isfinite(bound) or bound < 0:
+        raise UsageError(f"tolerance '{text}' is no number after '='", hint=f"try {name}=0.5") from error
+    if not math.isfinite(bound) or bound < 0:
         raise UsageError(f"tolerance '{text}' is no number from 0", hint="try top1=0.5% or logit=0.1")
     if name == "logit" and percent:
         raise UsageError(f"tolerance '{text}' is in percent, but a logit is no share", hint="try logit=0.1")
-    if name != "logit" and bound > 1:
-        raise UsageError(f"tolerance '{text}' is above 1, and {name} is a share", hint=f"try {name}={written}%")
+    if name != "logit" and bound > (1 if percent else _LARGEST_PLAIN_SHARE):
+        # 0.5 is half, and who writes it most often means half a percent
+        hint = f"write {name}={number}% for {number} percent" if not percent else f"try {name}=0.5%"
+        raise UsageError(f"tolerance '{text}' allows {bound:.0%} to be lost", hint=hint)
     return Tolerance(metric=cast("Metric", name), bound=bound)

@@ -138,7 +138,9 @@ def command(
     merged = _merge(source, options, checkpoint, quiet=quiet)
     _deliver(merged, target, html, force=force, as_json=as_json, quiet=quiet)
     if merged.missed is not None:
-        raise ThresholdMissedError(merged.missed, hint="nothing was written" if apply else None)
+        raise ThresholdMissedError(merged.missed, hint="no adapter was written" if apply else None)
+    if merged.refused is not None:
+        raise merged.refused
 
 
 def _check_combination(*, apply: bool, timm: bool, output: str | None) -> None:

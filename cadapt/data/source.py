@@ -147,9 +147,14 @@ def _about_test(source: str, test: str, val_split: float) -> str:
 
 
 def open_evaluation_data(
-    source: str, *, skip_bad: bool = False, workers: int = 0, on_progress: Progress | None = None
+    source: str,
+    *,
+    skip_bad: bool = False,
+    workers: int = 0,
+    on_progress: Progress | None = None,
+    parts: Sequence[str] = ("test", *HELD_OUT_SPLITS),
 ) -> EvaluationData:
-    """Open a source to evaluate on: its ``test`` part, else its ``val`` part, else all of a folder of classes.
+    """Open a source to evaluate on: the first of some parts that it has, else all of a folder of classes.
 
     The record's ``part`` says which was used. Classes are the data's own, in its own order; see
     :func:`~cadapt.data.classes.match_classes`.
@@ -160,7 +165,7 @@ def open_evaluation_data(
         UnreadableImages: pictures that cannot be decoded, unless ``skip_bad``.
         CadaptError: a reader's package is missing, or its data set cannot be opened.
     """
-    part = _held_out_part(source, ("test", *HELD_OUT_SPLITS))
+    part = _held_out_part(source, tuple(parts))
     (images,), skipped = readable_parts([part.images], skip_bad, workers, on_progress)
     record = _record(part, {"evaluation": images}, skipped) | {"part": part.part}
     return EvaluationData(images=images, classes=images.classes, record=record)

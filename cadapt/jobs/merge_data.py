@@ -1,21 +1,30 @@
 """The pictures of a merge: those it is judged on, and those that kernels are fitted on.
 
 A figure on pictures that something was fitted to is too good, so the two never overlap: where one folder is given, it
-is split by a seed, class by class.
+is split by a seed, class by class. Copies of a file are not known for one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from cadapt.data import Images, ImageSet, evaluation_batches, match_classes, open_evaluation_data, split_images
+from cadapt.data import (
+    ClassMatch,
+    EvaluationData,
+    Images,
+    ImageSet,
+    evaluation_batches,
+    match_classes,
+    open_evaluation_data,
+    split_images,
+)
 from cadapt.data.folder import find_unlabelled, visible_folders
 from cadapt.data.readable import readable_parts
-from cadapt.data.readers import TRAIN_SPLITS, find_split, open_reader, parse_reader
+from cadapt.data.readers import HELD_OUT_SPLITS, TRAIN_SPLITS, find_split, open_reader, parse_reader
 from cadapt.data.seeding import derive_seed, permutation
 from cadapt.errors import RefusedError, UsageError
 from cadapt.jobs.task import Progress
@@ -68,24 +77,55 @@ class FitPictures:
 
 
 def open_judged(
-    source: str, classes: tuple[str, ...], *, skip_bad: bool, workers: int, on_progress: Progress | None
+    source: str,
+    classes: tuple[str, ...],
+    *,
+    skip_bad: bool,
+    workers: int,
+    on_progress: Progress | None,
+    tell: Callable[[str], None] | None = None,
 ) -> Images:
     """Open what a merge is judged on, its classes matched with the model's by name.
 
-    Pictures of classes that the model does not know are left out.
+    Something is chosen on it, so of a whole data set it is the validation part; ``test`` only where there is none.
+    Pictures of classes that the model does not know are left out, and ``tell`` is called with a line on that.
 
     Raises:
         UsageError: there is no such source.
         RefusedError: none of its classes is the model's, or pictures are unreadable.
     """
-    data = open_evaluation_data(source, skip_bad=skip_bad, workers=max(1, workers), on_progress=on_progress)
+    data = open_evaluation_data(
+        source,
+        skip_bad=skip_bad,
+        workers=max(1, workers),
+        on_progress=on_progress,
+        parts=HELD_OUT_SPLITS,
+    )
     match = match_classes(classes, data.classes)
     if not match.index_map:
         raise RefusedError(
             f"none of the data's classes ({', '.join(data.classes[:3])} …) is the model's ({', '.join(classes[:3])} …)",
             hint="name the folders as the model's classes, which cadapt inspect FILE lists",
         )
-    return data.images.relabel(match.index_map, classes)
+    images = data.images.relabel(match.index_map, classes)
+    if tell is not None:
+        for line in _describe(data, match, len(data.images) - len(images)):
+            tell(line)
+    return images
+
+
+def _describe(data: EvaluationData, match: ClassMatch, dropped: int) -> Iterator[str]:
+    """Which part of the data is judged on, and what of it is not."""
+    part = data.record.get("part")
+    if part == "test":
+        yield "judged on the part 'test', since there is no 'val': what is chosen on it is not tested by it any more"
+    elif part:
+        yield f"judged on the part '{part}'"
+    if match.unknown_to_model:
+        names = ", ".join(match.unknown_to_model[:5])
+        yield f"unknown to the model, {dropped} pictures left out: {names}"
+    if match.missing_in_data:
+        yield f"no pictures of: {', '.join(match.missing_in_data[:5])}"
 
 
 def choose_fitted(
@@ -110,8 +150,8 @@ def choose_fitted(
         on_progress: called with how many pictures are decoded and how many there are.
 
     Raises:
-        UsageError: there is no such source, or too few pictures to split.
-        RefusedError: it has no pictures but those that are judged on, or unreadable ones.
+        UsageError: there is no such source, too few pictures to split, or none but those that are judged on.
+        RefusedError: it has unreadable ones.
     """
     if fit_data is None:
         pool, judged = split_images(images, 0.5, seed)
@@ -129,7 +169,7 @@ def choose_fitted(
     pool = _open_unlabelled(fit_data)
     others = _without(pool, images)
     if len(others) == 0:
-        raise RefusedError(
+        raise UsageError(
             "--fit-data has no pictures but those of --data, which the merge is judged on",
             hint="leave --fit-data out: half of --data is fitted on, the other half judged on",
         )
@@ -165,6 +205,8 @@ def _without(images: Images, judged: Images) -> Images:
     """Those pictures that are not judged on, as far as their files tell."""
     if not (isinstance(images, ImageSet) and isinstance(judged, ImageSet)):
         return images
-    taken = {judged.root.resolve() / name for name in judged.names}
-    root = images.root.resolve()
-    return images.select([index for index, name in enumerate(images.names) if root / name not in taken])
+    # by what a link leads to: a folder or a picture may be one
+    taken = {(judged.root / name).resolve() for name in judged.names}
+    return images.select(
+        [index for index, name in enumerate(images.names) if (images.root / name).resolve() not in taken]
+    )

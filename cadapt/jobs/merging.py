@@ -40,18 +40,20 @@ _SHOWN_IMAGES = 4
 class Merged:
     """A merge: its report, what else the JSON says of it, and the file to write.
 
-    ``data`` is None where none was asked for or the tolerance was missed; then ``missed`` is a sentence that says by
-    how much.
+    ``data`` is None where none was asked for, the tolerance was missed (then ``missed`` is a sentence that says by how
+    much), or the model cannot be had in that form (then ``refused`` is the error that says why).
     """
 
     report: MergeReport
     facts: Mapping[str, Any]
     data: bytes | None = None
     missed: str | None = None
+    refused: CadaptError | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
-        return {**self.report.to_json(), **self.facts, "missed": self.missed}
+        refused = None if self.refused is None else self.refused.message
+        return {**self.report.to_json(), **self.facts, "missed": self.missed, "refused": refused}
 
 
 def merge_bundle(
@@ -106,18 +108,23 @@ class _Job:
         adapted = self._build(checkpoint, near)
         judged = None if options.data is None else self._open(options.data, on_progress)
         shown = None if judged is None else self._first_pictures(judged)
-        merged, report, within = self._merge(adapted, judged, shown, on_progress)
-        delivered, data = self._deliver(adapted, merged, report, checkpoint, near)
+        merged, report, judged = self._merge(adapted, judged, shown, on_progress)
+        refused: CadaptError | None = None
+        try:
+            delivered, data = self._deliver(adapted, merged, report, checkpoint, near)
+        except CadaptError as error:
+            # the report says why, and took its time: it is shown before the refusal
+            delivered, data, refused = merged, None, error
         report = self._in_dtype(self._ask_timm(report, delivered), adapted, delivered, shown)
         report = replace(
             report, bytes_before=bytes_before, bytes_after=self._size(adapted, merged) if data is None else len(data)
         )
         missed = None
         if judged is not None:
-            report, missed = self._judge(report, adapted, delivered, judged, within)
+            report, missed = self._judge(report, adapted, delivered, judged)
         report = self._time(report, adapted, merged)
         facts = {"data": _short(report.on_data), "fit": self.fitted_on}
-        return Merged(report=report, facts=facts, data=None if missed else data, missed=missed)
+        return Merged(report=report, facts=facts, data=None if missed else data, missed=missed, refused=refused)
 
     def _build(self, checkpoint: Path | None, near: Path | None) -> AdaptedModel:
         if self.options.data is not None or self.options.apply == "timm":
@@ -132,6 +139,7 @@ class _Job:
             skip_bad=self.options.skip_bad,
             workers=self.workers,
             on_progress=on_progress,
+            tell=self.tell,
         )
 
     def _first_pictures(self, judged: Images) -> torch.Tensor:
@@ -142,8 +150,8 @@ class _Job:
 
     def _merge(
         self, adapted: AdaptedModel, judged: Images | None, shown: torch.Tensor | None, on_progress: Progress | None
-    ) -> tuple[AdaptedModel, MergeReport, bool]:
-        """Fold exactly, and where something is left, by fitting; the flag says whether that is within the tolerance."""
+    ) -> tuple[AdaptedModel, MergeReport, Images | None]:
+        """Fold exactly, and where something is left, by fitting; the pictures are those that nothing was fitted on."""
         options = self.options
         settings: dict[str, Any] = {
             "images": shown,
@@ -153,7 +161,7 @@ class _Job:
         self.tell(f"folding {len(self.bundle.plan.insertions)} adapters exactly where that is possible")
         merged, report = merge(adapted, **settings)
         if judged is None or not options.fit or not merged.plan.insertions:
-            return merged, report, True
+            return merged, report, judged
         chosen = choose_fitted(
             judged,
             options.fit_data,
@@ -183,7 +191,7 @@ class _Job:
             on_progress=self.tell,
         )
         merged, report = merge(adapted, **settings, fit=fit)
-        return merged, report, report.tolerance_met is not False
+        return merged, report, chosen.judged
 
     def _deliver(
         self,
@@ -238,9 +246,9 @@ class _Job:
         return replace(report, dtype=str(dtype).removeprefix("torch."), end_to_end=end_to_end)
 
     def _judge(
-        self, report: MergeReport, adapted: AdaptedModel, delivered: AdaptedModel, judged: Images, within: bool
+        self, report: MergeReport, adapted: AdaptedModel, delivered: AdaptedModel, judged: Images
     ) -> tuple[MergeReport, str | None]:
-        """The report with the figures on all pictures, and how the user's tolerance is missed, or None."""
+        """The report with the figures on the judged pictures, and how the tolerance is missed, or None."""
         options = self.options
         self.tell(f"comparing both models in {options.dtype} on {len(judged)} pictures")
         batches = PictureBatches(
@@ -254,9 +262,9 @@ class _Job:
         tolerance = options.tolerance or (DEFAULT_TOLERANCE if self.fitted_on else None)
         if tolerance is None:
             return report, None
-        met = within and is_within(tolerance, found)
+        met = is_within(tolerance, found)
         report = replace(report, tolerance=str(tolerance), tolerance_met=met)
-        return report, None if met or options.tolerance is None else describe_miss(tolerance, found, report.frontier)
+        return report, None if met else describe_miss(tolerance, found)
 
     def _time(self, report: MergeReport, adapted: AdaptedModel, merged: AdaptedModel) -> MergeReport:
         options = self.options

@@ -31,14 +31,15 @@ class SiteMerge:
     ``error_fp64`` and ``error_fp32`` are the largest difference over the largest value, on random input, between the
     layer with its adapter and the merged layer (for ``simplified``: between the adapter's two forms), all computed in
     that precision. ``effect`` is ‖Δ‖/‖h‖ on that input, which the errors are to be judged against;
-    ``relative_update`` is ‖ΔW‖/‖W‖. None where the figure does not apply. ``parameters`` and ``macs`` (of one image)
-    are what the adapter adds to the base, before and after.
+    ``relative_update`` is ‖ΔW‖/‖W‖. Both are None where the layer's h or W is zero throughout and the change is not;
+    a figure that does not apply is None as well. ``parameters`` and ``macs`` (of one image) are what the adapter adds
+    to the base, before and after.
 
     What was measured on real pictures, by a fitted merge: ``linear_share`` is the share of the adapter's activations
     that work in their linear range, ``relative_size`` ‖Δ‖/‖h‖ for what it is added to, ``r2`` the share of ‖Δ‖² (about
     its mean) that the best kernel in the base's layers stands in for, on pictures it was not fitted to, before any
     other adapter was folded; below zero it is worse than nothing. ``hosts`` are the layers that take the kernel up,
-    ``step`` the place of this adapter in the frontier, from 1.
+    or could where the adapter stays, ``step`` the place of this adapter in the frontier, from 1.
     """
 
     site: str
@@ -74,7 +75,8 @@ class FrontierPoint:
     ``folded`` 0 is the model of the exact merges alone; ``site`` is the adapter that went last, by ``action``.
     ``top1`` is None where the pictures have no labels; ``agreement`` is the share of predictions equal to those of the
     unmerged model, ``max_logit_error`` the largest and ``logit_error`` the relative RMS difference of a logit to it.
-    ``parameters`` and ``macs`` (of one image) are the whole model's, ``latency`` its onnxruntime time over the
+    ``parameters`` (but for biases that a fit adds where no norm takes them, which only the chosen point counts) and
+    ``macs`` (of one image) are the whole model's, ``latency`` its onnxruntime time over the
     base's, None where it was not measured. ``refined`` says that it was trained to the unmerged model's logits after
     the folding, ``chosen`` that this is the point the merged model stands at.
     """
@@ -165,10 +167,10 @@ class EndToEnd:
 class MergeReport:
     """A whole merge.
 
-    ``parameters`` and ``macs`` (of one image) are the models', before and after. ``verified`` says that every delivered
-    change and the model as a whole passed their checks in fp64. ``differences`` is how many of the base's own tensors
-    took a learned difference up. ``timm_loadable`` says whether the merged model is the timm architecture again,
-    ``timm_reason`` why it is not. ``summary`` is one sentence.
+    ``parameters`` and ``macs`` (of one image) are the models', before and after. ``verified`` says that every exact or
+    simplified change passed its check in fp64, and so did the model before anything was fitted. ``differences``
+    is how many of the base's own tensors took a learned difference up. ``timm_loadable`` says whether the merged model
+    is the timm architecture again, ``timm_reason`` why it is not. ``summary`` is one sentence.
 
     ``frontier`` is what a fitted merge measured, point by point. ``tolerance`` is the loss the user allows, as text,
     ``tolerance_met`` whether the merged model is within it (None where none was set). ``on_data``, ``latency`` and the
@@ -223,6 +225,7 @@ class MergeReport:
             "schema": SCHEMA,
             **_finite(plain),
             "merged": self.merged,
+            "gone": self.gone,
             "total": self.total,
             "end_to_end": _finite(asdict(self.end_to_end)),
             "sites": [row.to_json() for row in self.sites],

@@ -88,8 +88,10 @@ def test_other_pictures_need_no_classes_and_are_never_judged_on(imgs: Path, tmp_
     others = choose_fitted(judged, str(imgs), count=100, seed=0)
     assert {name.partition("/")[0] for name in others.fitted.names} == {"owl"}
     assert "11 that --data has too are left out" in others.note
-    with pytest.raises(RefusedError, match="no pictures but those of --data"):
-        choose_fitted(judged, str(imgs / "cat"), count=3, seed=0)
+    (tmp_path / "linked").symlink_to(imgs / "cat", target_is_directory=True)
+    for same in (imgs / "cat", tmp_path / "linked"):
+        with pytest.raises(UsageError, match="no pictures but those of --data"):
+            choose_fitted(judged, str(same), count=3, seed=0)
     make_classes(tmp_path / "parts" / "train", {"a": 2, "b": 1})
     make_classes(tmp_path / "parts" / "val", {"a": 5})
     assert len(choose_fitted(judged, str(tmp_path / "parts"), count=100, seed=0).fitted) == 3
@@ -98,6 +100,16 @@ def test_other_pictures_need_no_classes_and_are_never_judged_on(imgs: Path, tmp_
     (tmp_path / "empty").mkdir()
     with pytest.raises(RefusedError, match="no images in"):
         choose_fitted(judged, str(tmp_path / "empty"), count=3, seed=0)
+
+
+def test_a_whole_data_set_is_judged_on_its_validation_part(tmp_path: Path) -> None:
+    for part, number in (("train", 5), ("val", 3), ("test", 2)):
+        make_classes(tmp_path / "set" / part, {"cat": number, "dgo": 1})
+    said: list[str] = []
+    settings: dict[str, Any] = {"skip_bad": False, "workers": 1, "on_progress": None, "tell": said.append}
+    judged = open_judged(str(tmp_path / "set"), ("cat", "dog"), **settings)
+    assert len(judged) == 3
+    assert said == ["judged on the part 'val'", "unknown to the model, 1 pictures left out: dgo", "no pictures of: dog"]
 
 
 def test_too_few_to_split(tmp_path: Path) -> None:
@@ -167,7 +179,7 @@ def test_tolerances(tolerance: str, met: bool, said: str) -> None:
     found = OnData(images=50, top1_before=0.90, top1_after=0.88, agreement=0.96, max_logit_error=0.25, logit_error=0.1)
     assert is_within(parse_tolerance(tolerance), found) is met
     if not met:
-        assert said in describe_miss(parse_tolerance(tolerance), found, ())
+        assert said in describe_miss(parse_tolerance(tolerance), found)
 
 
 def never(*_: object, **__: object) -> Fitted:
@@ -257,18 +269,6 @@ def test_a_tolerance_that_is_missed_delivers_nothing(
     assert done.report.tolerance_met is False and done.report.on_data == far
     # without the user's own bound it is a figure like the others
     assert merge_bundle(linear, replace(options, tolerance=None)).data is not None
-
-
-def test_a_frontier_that_is_not_within_delivers_nothing(
-    bent: Bundle, imgs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def outside(*arguments: Any, **settings: Any) -> Fitted:
-        return replace(stub(*arguments, **settings), within_tolerance=False)
-
-    monkeypatch.setattr(assemble, "fold_fitted", outside)
-    done = merge_bundle(bent, MergeOptions(data=str(imgs), tolerance=TOP1, apply="adapter", **FAST))
-    assert done.data is None and done.missed is not None
-    assert "pictures that the frontier is judged on" in done.missed
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cadapt.adapted import AdaptedModel
 from cadapt.costing import cost
@@ -26,6 +27,8 @@ from cadapt.merging.report import FrontierPoint, SiteMerge
 from cadapt.surgery import adapter_path
 
 _SCREENED = 64
+# every fourth is held out
+_LEAST_PICTURES = 4
 _STAYING = ("kept", "simplified", "refused")
 
 
@@ -39,16 +42,17 @@ def fold_fitted(model: AdaptedModel, rows: tuple[SiteMerge, ...], fit: Fit, *, a
         as_deltas: change only tensors of the base's own layers.
 
     Raises:
-        UsageError: there are no pictures.
+        UsageError: too few pictures, or none with the labels that the tolerance is about.
+        CadaptError: a model gives outputs that are no finite numbers.
     """
     said = fit.on_progress or _say_nothing
+    pictures = _check(fit)
     reference = Workbench(model, computed=not as_deltas)
     judge = _Judge(reference, rows, fit)
     points = [judge.point(reference.model, (), rows)]
     if not model.plan.insertions:
         return Fitted(model=model, rows=rows, frontier=_mark(points, points[0]), within_tolerance=True)
     work = Workbench(model, computed=not as_deltas)
-    pictures = sum(len(images) for images, _ in fit.batches)
     greedy = Greedy(work, reference, batches=fit.batches, pictures=pictures, screen=_some(fit.batches))
     folds: list[Fold] = []
     for fold in greedy.folds(said):
@@ -73,8 +77,33 @@ def fold_fitted(model: AdaptedModel, rows: tuple[SiteMerge, ...], fit: Fit, *, a
         after=built,
         notes=notes,
         fit=fit,
+        refined=student is not None,
     )
+    # new biases that no norm could take are parameters; whatever was before the choice is counted without them
+    exact = replace(chosen, parameters=cost(built, built.preprocessing.input_size, training=False).parameters)
+    points[points.index(chosen)] = exact
+    chosen = exact
     return Fitted(model=built, rows=settled, frontier=_mark(points, chosen), within_tolerance=judge.allows(chosen))
+
+
+def _check(fit: Fit) -> int:
+    """Count the pictures to fit on, and refuse what could not be judged in the end."""
+    for batch in itertools.chain(fit.batches, fit.judged):
+        if not (
+            isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(item, Tensor) for item in batch)
+        ):
+            kind = f"a {type(batch).__name__}"
+            raise UsageError(f"a batch is {kind}, expected pictures and labels", hint="labels of -1 are none")
+    pictures = sum(len(images) for images, _ in fit.batches)
+    if pictures < _LEAST_PICTURES:
+        raise UsageError(f"{pictures} pictures to fit on, expected at least {_LEAST_PICTURES}")
+    if not any(len(images) for images, _ in fit.judged):
+        raise UsageError("there are no pictures to judge on")
+    if fit.tolerance.metric == "top1" and not any(bool((labels >= 0).any()) for _, labels in fit.judged):
+        raise UsageError(
+            "a tolerance on top-1 needs labels, and the judged pictures have none", hint="try disagreement=0.5%"
+        )
+    return pictures
 
 
 def _say_nothing(line: str) -> None:
@@ -82,14 +111,8 @@ def _say_nothing(line: str) -> None:
 
 
 def _some(batches: Batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A few pictures of every batch, in one: files often come class by class.
-
-    Raises:
-        UsageError: there are none.
-    """
+    """A few pictures of every batch, in one: files often come class by class."""
     number = sum(1 for _ in batches)
-    if not number:
-        raise UsageError("there are no pictures to fit on")
     share = -(-_SCREENED // number)
     # copies: a loader may write into its memory again
     taken = [(images[:share].clone(), labels[:share].clone()) for images, labels in batches]
@@ -168,6 +191,8 @@ def _refine_most(
         else:
             high = number
         number = (low + high) // 2
+    if student is None:
+        said("refining brought no more adapters within the tolerance: the model stays as it was folded")
     return student, chosen
 
 
@@ -197,4 +222,5 @@ def _new_biases(model: AdaptedModel, built: AdaptedModel, folds: Sequence[Fold])
 
 
 def _mark(points: Sequence[FrontierPoint], chosen: FrontierPoint) -> tuple[FrontierPoint, ...]:
-    return tuple(replace(point, chosen=point is chosen) for point in points)
+    ordered = sorted(points, key=lambda point: (point.folded, point.refined))
+    return tuple(replace(point, chosen=point is chosen) for point in ordered)

@@ -1,7 +1,8 @@
 """The order of folding: always the adapter whose going moves the logits least, measured on the model as it is by then.
 
 Measuring every adapter again after every fold would take S² passes; the harm of a fold rarely falls once others are
-folded, so only the least of the old figures is measured again, until one stays the least (Minoux's lazy greedy, 1978).
+folded, so only the least of the old figures is measured again, and at most one more if another then looks less (after
+Minoux's lazy greedy, 1978, which would go on until one stays the least).
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cadapt.errors import CadaptError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
@@ -40,10 +42,17 @@ class Difference:
 
 @torch.no_grad()
 def answer(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
-    """Run a model over pictures ``[B, C, H, W]`` with labels ``[B]``."""
+    """Run a model over pictures ``[B, C, H, W]`` with labels ``[B]``.
+
+    Raises:
+        CadaptError: its outputs are no finite numbers.
+    """
     logits, labels = [], []
     for images, known in batches:
-        logits.append(model(images).double())
+        found = model(images).double()
+        if not bool(found.isfinite().all()):
+            raise CadaptError("the model gives NaN or infinite outputs in fp32: there is nothing to compare")
+        logits.append(found)
         labels.append(known)
     return Answers(logits=torch.cat(logits), labels=torch.cat(labels))
 

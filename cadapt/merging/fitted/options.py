@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from cadapt.adapted import AdaptedModel
+from cadapt.errors import UsageError
 from cadapt.merging.report import FrontierPoint, SiteMerge
 from cadapt.tolerance import Tolerance
 
@@ -27,6 +28,9 @@ class Fit:
         finetune_epochs: passes over ``batches`` in which the layers that took kernels up, and the adapters that stay,
             are trained to the unmerged model's logits; 0 is none.
         on_progress: called with a line of what is being done.
+
+    Raises:
+        UsageError: the tolerance is none, or batches that can be gone through only once.
     """
 
     batches: Batches
@@ -34,6 +38,19 @@ class Fit:
     tolerance: Tolerance
     finetune_epochs: int = 0
     on_progress: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tolerance, Tolerance):
+            raise UsageError(
+                f"tolerance is {self.tolerance!r:.40}, expected a Tolerance", hint='cadapt.parse_tolerance("top1=0.5%")'
+            )
+        for name in ("batches", "judged"):
+            value = getattr(self, name)
+            if not isinstance(value, Iterable) or isinstance(value, Iterator):
+                raise UsageError(
+                    f"{name} is a {type(value).__name__}, which cannot be gone through several times",
+                    hint="a list of (images, labels), or a DataLoader",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

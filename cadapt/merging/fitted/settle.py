@@ -30,6 +30,7 @@ def settle_rows(
     after: nn.Module,
     notes: Mapping[str, str],
     fit: Fit,
+    refined: bool,
 ) -> tuple[SiteMerge, ...]:
     """The rows of all adapters.
 
@@ -43,10 +44,12 @@ def settle_rows(
         after: what came of it.
         notes: where a layer's new bias went, by the layer's path.
         fit: what was asked for.
+        refined: whether the adapters that stay were trained on.
     """
     step = {fold.index: number for number, fold in enumerate(folds, start=1)}
     action = {fold.index: fold.action for fold in folds[:folded]}
     settled = []
+    counted: set[str] = set()
     index = 0
     for row in rows:
         if row.status not in _STAYING:
@@ -62,28 +65,44 @@ def settle_rows(
             step=step[index],
         )
         if index in action:
-            settled.append(_gone(row, action[index], before, after, notes))
+            settled.append(_gone(row, action[index], before, after, notes, counted))
         else:
-            settled.append(replace(row, reason=f"{row.reason}; {_why_not(row, fit)}"))
+            settled.append(_staying(row, fit, refined))
         index += 1
     return tuple(settled)
 
 
 def _gone(
-    row: SiteMerge, action: str, before: Callable[[str], Any], after: nn.Module, notes: Mapping[str, str]
+    row: SiteMerge,
+    action: str,
+    before: Callable[[str], Any],
+    after: nn.Module,
+    notes: Mapping[str, str],
+    counted: set[str],
 ) -> SiteMerge:
+    """The row of an adapter that went; ``counted`` are layers whose new bias is in another row, and those of this."""
     nothing = replace(row, parameters_after=0, macs_after=0, error_fp64=None, error_fp32=None)
     if action == "dropped":
         return replace(nothing, status="dropped", hosts=(), reason="the model is within the tolerance without it")
-    layers = [(before(path), after.get_submodule(path)) for path in row.hosts]
+    layers = {path: (before(path), after.get_submodule(path)) for path in row.hosts}
+    grown = sum(_bias_count(new) - _bias_count(old) for path, (old, new) in layers.items() if path not in counted)
+    counted.update(layers)
     return replace(
         nothing,
         status="fitted",
         reason=f"a kernel stands in for {row.r2 or 0.0:.1%} of it",
         note="; ".join(notes[path] for path in row.hosts if path in notes),
-        parameters_after=sum(_bias_count(new) - _bias_count(old) for old, new in layers),
-        relative_update=_update(layers),
+        parameters_after=grown,
+        relative_update=_update(list(layers.values())),
     )
+
+
+def _staying(row: SiteMerge, fit: Fit, refined: bool) -> SiteMerge:
+    row = replace(row, reason=f"{row.reason}; {_why_not(row, fit)}")
+    if not refined:
+        return row
+    # what was found of it before is not true of it any more
+    return replace(row, error_fp64=None, error_fp32=None, note="trained on, to the unmerged model's logits")
 
 
 def _why_not(row: SiteMerge, fit: Fit) -> str:
@@ -99,7 +118,7 @@ def _bias_count(layer: nn.Module) -> int:
 
 @torch.no_grad()
 def _update(layers: Sequence[tuple[Any, Any]]) -> float | None:
-    """‖ΔW‖/‖W‖ over the hosts together, for all that they took up."""
+    """‖ΔW‖/‖W‖ over the hosts together, for all that they took up: other adapters' kernels may be among it."""
     change = sum(float((new.weight - old.weight).square().sum()) for old, new in layers)
     size = sum(float(old.weight.square().sum()) for old, _ in layers)
     return math.sqrt(change / size) if size else None

@@ -73,7 +73,7 @@ def measure(
     """
     for group in _grouped(joints):
         gauges = [_Gauge(work, joints[index], pictures) for index in group]
-        for number, (images, _) in enumerate(batches):
+        for images, _ in batches:
             totals: dict[int, torch.Tensor] = {}
             if unmerged is not None:
                 there = {unmerged[1][index].total: place for place, index in enumerate(group)}
@@ -82,14 +82,12 @@ def measure(
             with ExitStack() as stack:
                 for gauge in gauges:
                     stack.enter_context(gauge.activity.watching())
-                _run(work, gauges, images, totals, number)
+                _run(work, gauges, images, totals)
         for gauge in gauges:
             yield gauge.result()
 
 
-def _run(
-    work: AdaptedModel, gauges: Sequence[_Gauge], images: torch.Tensor, totals: dict[int, torch.Tensor], number: int
-) -> None:
+def _run(work: AdaptedModel, gauges: Sequence[_Gauge], images: torch.Tensor, totals: dict[int, torch.Tensor]) -> None:
     """Run a batch; each gauge takes its values as soon as they are there, and what nobody waits for is let go."""
     values: dict[fx.Node, torch.Tensor] = {}
     waiting = dict(enumerate(gauges))
@@ -99,7 +97,7 @@ def _run(
         for place in [place for place, gauge in waiting.items() if gauge.nodes <= values.keys()]:
             joint = gauges[place].joint
             total = totals.get(place)
-            gauges[place].add(values, values[joint.output] + values[joint.delta] if total is None else total, number)
+            gauges[place].add(values, values[joint.output] + values[joint.delta] if total is None else total)
             del waiting[place]
         awaited = {node for gauge in waiting.values() for node in gauge.nodes}
         for done in values.keys() - awaited:
@@ -136,6 +134,7 @@ class _Gauge:
         if joint.before is not None:
             self.nodes.add(joint.before)
         self.delta = self.output = 0.0
+        self.seen = 0
         self.generator = torch.Generator().manual_seed(0)
         self.fitted: list[tuple[torch.Tensor, ...]] = []
         self.held: list[tuple[torch.Tensor, ...]] = []
@@ -149,7 +148,7 @@ class _Gauge:
                 wanted = min(wanted, _MOST_KEPT_ROWS)
             self.per_picture = max(1, -(-wanted // max(1, pictures)))
 
-    def add(self, values: dict[Any, torch.Tensor], total: torch.Tensor, number: int) -> None:
+    def add(self, values: dict[Any, torch.Tensor], total: torch.Tensor) -> None:
         """Take up a batch: the values of the work's nodes, and the reference's sum at the joint."""
         joint = self.joint
         output = values[joint.output]
@@ -158,7 +157,8 @@ class _Gauge:
         if not self.layers:
             return
         wanted = self._in_host(total - output)
-        is_held = (torch.arange(len(wanted)) + number) % _HELD_OUT == _HELD_OUT - 1
+        is_held = (torch.arange(len(wanted)) + self.seen) % _HELD_OUT == _HELD_OUT - 1
+        self.seen += len(wanted)
         for mask, keep in ((is_held, self.held), (~is_held, self.fitted)):
             if not bool(mask.any()):
                 continue
@@ -206,7 +206,7 @@ class _Gauge:
         share = self.activity.linear_share()
         if not self.layers or not self.moments.rows:
             return Measured(changes={}, r2=None, relative_size=size, linear_share=share)
-        held = _together(self.held or self.fitted)
+        held = _together(self.held)
         solution = self._masked(self.moments.solve(held[0], self._split(self._target(held))))
         error = self._left(solution, held)
         if self.joint.before is not None:

@@ -1,6 +1,7 @@
 """Fitted merges of whole models: what can be expressed is found, what cannot is told, the frontier is what it says."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,12 @@ def test_the_chosen_point_is_what_is_delivered() -> None:
     assert float(difference.abs().max()) == pytest.approx(report.frontier[-1].max_logit_error, rel=1e-3)
     assert float(same) == pytest.approx(report.frontier[-1].agreement)
     assert report.macs_after == report.frontier[-1].macs
+    assert report.parameters_after == report.frontier[-1].parameters
+    shrunk = sum(row.parameters_before - row.parameters_after for row in report.sites)
+    assert report.parameters_before - report.parameters_after == shrunk
+    # of the model that is delivered, and not of the exact folds before it
+    assert report.end_to_end.max_abs_error_fp64 == pytest.approx(report.end_to_end.max_abs_error, rel=1e-2)
+    assert report.summary.endswith(f"{report.total} fitted")
     assert report.timm_loadable
 
 
@@ -158,9 +165,22 @@ def test_refining_comes_nearer_to_the_unmerged_model() -> None:
     assert all(point.logit_error < plain[point.folded] for point in refined)
 
 
-def test_without_pictures_there_is_one_line() -> None:
+def test_what_cannot_be_judged_is_one_line() -> None:
     model = trained(toy(nn.Conv2d(8, 8, 3, padding=1)), "conv-par")
-    with pytest.raises(UsageError, match="no pictures"):
+    fit = fit_on("overwriting")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"batches": [(images[:3], labels[:3]) for images, labels in pictures("overwriting", 16)]}, "3 pictures"),
+        ({"judged": []}, "no pictures to judge on"),
+        ({"tolerance": parse_tolerance("top1=1%")}, "needs labels"),
+        ({"batches": [torch.zeros(8, 3, 64, 64)]}, "expected pictures and labels"),
+    ]
+    for changed, message in wrong:
+        with pytest.raises(UsageError, match=message):
+            merge(model, fit=replace(fit, **changed))
+    for changed, message in [({"tolerance": "top1=1%"}, "Tolerance"), ({"judged": iter([])}, "several times")]:
+        with pytest.raises(UsageError, match=message):
+            replace(fit, **changed)
+    with pytest.raises(UsageError, match="0 pictures to fit on"):
         merge(model, fit=replace(fit_on("overwriting"), batches=[]))
 
 
