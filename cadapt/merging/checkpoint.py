@@ -18,7 +18,7 @@ from torch import nn
 
 from cadapt.adapted import ADAPTERS, AdaptedModel
 from cadapt.errors import CadaptError
-from cadapt.merging.plain import describe_plain, explain_difference, find_exchanged
+from cadapt.merging.plain import describe_plain, explain_difference, find_exchanged, find_unlike
 
 # the key of a checkpoint's metadata under which its facts are
 FACTS = "timm"
@@ -129,7 +129,7 @@ def _contents(model: AdaptedModel) -> _Contents:
     tensors = _renamed(model)
     heads = model.plan.head.paths if model.plan.head is not None else ()
     exchanged = {path: layer for path, layer in find_exchanged(model, theirs).items() if path not in heads}
-    reason = _difference(tensors, theirs.state_dict(), exchanged)
+    reason = _difference(tensors, theirs.state_dict(), exchanged) or find_unlike(model, theirs, heads)
     return _Contents(reason=reason, tensors=tensors, exchanged=exchanged, timm_model=theirs)
 
 

@@ -1,5 +1,7 @@
 """The checkpoint under timm's keys: strictly loaded into a fresh timm model it computes what the adapted one did."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,14 +9,15 @@ import timm
 import torch
 from torch import nn
 
+import cadapt
 from cadapt.adapted import AdaptedModel
 from cadapt.backbone import describe_model
 from cadapt.errors import CadaptError
-from cadapt.merging import merge, timm_state_dict
+from cadapt.merging import checkpoint_bytes, load_merged, merge, timm_state_dict
 from cadapt.planning import plan_insertions, with_head
 from cadapt.surgery import operate
 from tests.merging.cases import CLASSES, linear, toy, trained
-from tests.models import enliven, make_images, surveyed
+from tests.models import enliven, make_images, randomise, surveyed
 
 
 def headed(scheme: str, **head: Any) -> AdaptedModel:
@@ -78,3 +81,52 @@ def test_a_bias_that_timm_has_not_is_refused() -> None:
     assert "timm model" in report.timm_reason
     with pytest.raises(CadaptError, match="densenet121"):
         timm_state_dict(merged)
+
+
+def reflecting(base: nn.Module) -> None:
+    for module in base.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.padding_mode, module._reversed_padding_repeated_twice = "reflect", [1, 1, 1, 1]
+
+
+def dilated(base: Any) -> None:
+    base.layer2[0].conv1.dilation = base.layer2[0].conv1.padding = (2, 2)
+
+
+@pytest.mark.parametrize(("change", "said"), [(reflecting, "padding_mode reflect"), (dilated, "padding \\(2, 2\\)")])
+def test_convs_of_other_settings_than_timm_s_are_noted_and_read_back(change: Any, said: str, tmp_path: Path) -> None:
+    base = randomise(timm.create_model("test_resnet")).eval()
+    change(base)
+    model = cadapt.insert(base, scheme="residual-par", num_classes=3)
+    enliven(model.adapters)
+    merged, report = merge(model)
+    assert not report.timm_loadable and re.search(said, report.timm_reason)
+    path = tmp_path / "merged.safetensors"
+    path.write_bytes(checkpoint_bytes(merged))
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, got = model.eval()(images), load_merged(path)(images)
+    assert float((wanted - got).abs().max()) <= 1e-4 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("place", "module", "said"),
+    [
+        ("layer1.0.act2", nn.GELU(), "its 'layer1.0.act2' is a GELU, the timm model's a ReLU"),
+        ("layer1.0.bn2", "eps", "its 'layer1.0.bn2' is a BatchNorm2d of eps 0.1"),
+        ("layer2.0.conv1", "stride", "stride"),
+    ],
+)
+def test_other_settings_that_no_note_mends_leave_no_checkpoint(place: str, module: Any, said: str) -> None:
+    base = randomise(timm.create_model("test_resnet")).eval()
+    if module == "eps":
+        base.get_submodule(place).eps = 0.1
+    elif module == "stride":
+        base.layer2[0].conv2.stride, base.layer2[0].conv1.stride = (2, 2), (1, 1)
+    else:
+        base.set_submodule(place, module)
+    model = cadapt.insert(base, scheme="residual-par", num_classes=3)
+    merged, report = merge(model)
+    assert not report.timm_loadable and said in report.timm_reason
+    with pytest.raises(CadaptError, match="no timm checkpoint"):
+        checkpoint_bytes(merged)
