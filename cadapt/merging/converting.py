@@ -21,6 +21,8 @@ from cadapt.site import Site
 _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 # a mean of a row below this share of its deviation is rounding
 _ROUNDING = 1e-13
+# a row may shrink to this share of its deviation: below it the ε of the standardising, and rounding, would rule it
+_LEAST_SHARE = 0.1
 
 
 def plain_form(site: Site, layer: nn.Module) -> nn.Module | str:
@@ -49,7 +51,8 @@ def restandardise(layer: nn.Module, merged: MergedLayer) -> nn.Module | None:
 
     The layer computes g · s · (W − mean) / √(var + ε) row by row. For a row k without a mean, W is k scaled to the old
     row's variance v, and the gain is g = √(var k · (v + ε) / v) / s. Without a gain, v is what the kernel leaves to
-    solve for: v / (v + ε) = var k, which has a solution for var k below 1.
+    solve for: v / (v + ε) = var k, which has a solution for var k below 1. That solution is so small for all but the
+    var k next to 1 that it is none in half precision: a row that would shrink to less than a tenth is given up.
 
     Args:
         layer: the base's layer.
@@ -72,7 +75,10 @@ def restandardise(layer: nn.Module, merged: MergedLayer) -> nn.Module | None:
     else:
         if bool((variance >= 1).any()):
             return None
+        before = solved.weight.flatten(1).var(dim=1, unbiased=False)
         own = variance * solved.eps / (1 - variance)
+        if bool(((variance > 0) & (own < _LEAST_SHARE**2 * before)).any()):
+            return None
     # a row of zeros stays one
     scale = torch.where(variance > 0, (own / variance.clamp(min=torch.finfo(variance.dtype).tiny)).sqrt(), 0.0)
     solved.weight.copy_((rows * scale[:, None]).reshape(solved.weight.shape))

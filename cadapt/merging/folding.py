@@ -15,7 +15,7 @@ from torch import nn
 from cadapt.adapters import MergedLayer, Refusal, Regrouped, get_scheme
 from cadapt.adapters.conv_merge import regroup
 from cadapt.merging.converting import plain_form, restandardise, with_weights
-from cadapt.merging.measure import adapter_input, count_macs, relative_error
+from cadapt.merging.measure import adapter_input, count_macs, relative_error, share_of
 from cadapt.plan import Insertion
 from cadapt.site import Site
 
@@ -27,11 +27,12 @@ _SAME = 1e-13
 class Fold:
     """The layer that is to stand for the base's and an adapter, unchecked.
 
-    ``relative_update`` is ‖ΔW‖/‖W‖ of what the two convolve with, ``note`` says what else is new about the layer.
+    ``relative_update`` is ‖ΔW‖/‖W‖ of what the two convolve with, None where W is zero and ΔW is not; ``note`` says
+    what else is new about the layer.
     """
 
     layer: nn.Module
-    relative_update: float
+    relative_update: float | None
     note: str = ""
 
 
@@ -94,21 +95,23 @@ def ask_fold(
         outcome = Refusal(reason=reason) if reason else outcome.build()
     if isinstance(outcome, Refusal):
         return outcome
-    return _make(layer, plain, outcome, as_deltas=as_deltas)
+    return _make(insertion.site, layer, plain, outcome, as_deltas=as_deltas)
 
 
-def _make(layer: nn.Module, plain: nn.Module, outcome: MergedLayer, *, as_deltas: bool) -> Fold | Refusal:
+def _make(site: Site, layer: nn.Module, plain: nn.Module, outcome: MergedLayer, *, as_deltas: bool) -> Fold | Refusal:
     kind, own = type(layer).__name__, _weight_of(plain)
     groups = getattr(plain, "groups", 1)
     wanted = outcome.groups or groups
-    update = float((outcome.weight - regroup(own.double(), groups, wanted)).norm() / own.norm())
+    update = share_of(outcome.weight - regroup(own.double(), groups, wanted), own)
     if as_deltas and isinstance(layer, nn.Linear) and layer.bias is None and outcome.bias is not None:
         return Refusal(reason="the linear layer has no bias, and an adapter file gives new ones to convs only")
     if plain is layer:
         note = f"the conv has {_count(wanted)} now, and had {groups}" if wanted != groups else ""
         return Fold(layer=with_weights(layer, outcome), relative_update=update, note=note)
     solved = restandardise(layer, outcome)
-    if solved is not None and _convolves_with(solved, outcome):
+    if as_deltas and getattr(layer, "gain", None) is None:
+        solved = None  # what its weight would have to become is not told to the precision of an adapter file
+    if solved is not None and _convolves_with(site, solved, outcome):
         note = f"the {kind} keeps its kind: the merged kernel is one that it computes"
         return Fold(layer=solved, relative_update=update, note=note)
     if as_deltas:
@@ -118,10 +121,8 @@ def _make(layer: nn.Module, plain: nn.Module, outcome: MergedLayer, *, as_deltas
     return Fold(layer=with_weights(plain, outcome), relative_update=update, note=note)
 
 
-def _convolves_with(layer: Any, merged: MergedLayer) -> bool:
-    """Whether a weight-standardised layer computes a kernel from its weight, all but to rounding."""
-    example = torch.Size((1, layer.in_channels, *(4 * side for side in layer.kernel_size)))
-    site = Site(path="", kind="layer", in_shape=tuple(example[1:]), out_shape=tuple(example[1:]))
+def _convolves_with(site: Site, layer: nn.Module, merged: MergedLayer) -> bool:
+    """Whether a weight-standardised layer of a site computes a kernel from its weight, all but to rounding."""
     plain = plain_form(site, layer)
     return isinstance(plain, nn.Module) and relative_error(_weight_of(plain), merged.weight) <= _SAME
 

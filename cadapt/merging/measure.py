@@ -20,7 +20,7 @@ from cadapt.site import Site
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The largest difference over the largest value, and ‖Δ‖/‖h‖ on the first input (None where h is not known)."""
+    """The largest difference over the largest value, and ‖Δ‖/‖h‖ on the first input (None where h is zero)."""
 
     error: float
     effect: float | None = None
@@ -51,12 +51,14 @@ def compare_layers(
     parts = (copy.deepcopy(part).to(dtype).eval() for part in (adapter, layer, merged))
     adapter, layer, merged = parts
     errors: list[float] = []
-    effects: list[float] = []
+    effects: list[float | None] = []
     for x in _inputs(insertion.site, insertion.site.in_shape, dtype):
         hidden = layer(x)
         delta = adapter(x if insertion.form != "sequential" else hidden)
+        if effects and delta.shape != hidden.shape:
+            continue  # an even kernel and an odd one agree on the grids of one parity only: no such input is adapted
         errors.append(relative_error(merged(x), hidden + delta))
-        effects.append(float(delta.norm() / hidden.norm()))
+        effects.append(share_of(delta, hidden))
     return Comparison(error=_worst(errors), effect=effects[0])
 
 
@@ -70,13 +72,21 @@ def compare_adapters(insertion: Insertion, adapter: nn.Module, other: nn.Module,
 
 @torch.no_grad()
 def effect_of(insertion: Insertion, adapter: nn.Module, layer: nn.Module | None) -> float | None:
-    """‖Δ‖/‖h‖ on random input, or None where the site is no single layer that can be called by itself."""
+    """‖Δ‖/‖h‖ on random input; None where the site is no single layer that can be called by itself, or h is zero."""
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         return None
     x = next(_inputs(insertion.site, insertion.site.in_shape, layer.weight.dtype))
     hidden = layer(x)
     delta = adapter(x if insertion.form != "sequential" else hidden)
-    return float(delta.norm() / hidden.norm())
+    return share_of(delta, hidden)
+
+
+def share_of(change: torch.Tensor, own: torch.Tensor) -> float | None:
+    """The norm of one over the norm of the other: 0 where the first is zero, else None where the other is."""
+    size = float(own.norm())
+    if not bool(change.any()):
+        return 0.0
+    return float(change.norm()) / size if size else None
 
 
 def adapter_input(site: Site, form: Form) -> tuple[int, ...]:

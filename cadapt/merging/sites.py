@@ -93,15 +93,16 @@ def _fold(insertion: Insertion, adapter: nn.Module, layer: nn.Module, outcome: F
         parameters_after=count_parameters(outcome.layer) - count_parameters(layer),
         macs_after=count_macs(outcome.layer, shape) - count_macs(layer, shape),
     )
-    if not exact.effect:
+    if exact.effect == 0:
         row = replace(row, note="; ".join(filter(None, ("the adapter does nothing: its output is zero", row.note))))
     return Decision(row=row, insertion=insertion, layer=outcome.layer)
 
 
 def _refuse(insertion: Insertion, adapter: nn.Module, row: SiteMerge) -> Decision:
+    effect = "the layer's output is zero" if row.effect is None else f"the adapter's effect is {row.effect:.1e}"
     reason = (
         f"the merged layer fails its check: relative error {row.error_fp64:.1e} in fp64 (at most {BOUND_FP64:.0e}) and "
-        f"{row.error_fp32:.1e} in fp32 (at most {BOUND_FP32:.0e}), where the adapter's effect is {row.effect:.1e}"
+        f"{row.error_fp32:.1e} in fp32 (at most {BOUND_FP32:.0e}), where {effect}"
     )
     return Decision(row=replace(row, status="refused", reason=reason), insertion=insertion, adapter=adapter)
 

@@ -18,13 +18,15 @@ from cadapt.backbone import load_backbone
 from cadapt.bundle.container import LENGTH_BYTES, check_length, parse_header
 from cadapt.errors import CadaptError, RefusedError
 from cadapt.merging import checkpoint_bytes, load_merged, merge, timm_state_dict
-from cadapt.merging.converting import restandardise
+from cadapt.merging.converting import plain_form, restandardise
 from cadapt.planning import plan_insertions, survey, with_head
+from cadapt.site import Site
 from cadapt.surgery import operate
-from tests.merging.cases import CLASSES
-from tests.models import enliven, randomise
+from tests.merging.cases import CLASSES, toy, traced, trained
+from tests.models import TinyNet, enliven, randomise
 
 NAME = "test_nfnet"
+SITE = Site(path="", kind="layer", in_shape=(6, 9, 9), out_shape=(8, 9, 9))
 
 
 def adapted(scheme: str) -> AdaptedModel:
@@ -102,6 +104,28 @@ def test_as_differences_no_layer_becomes_another() -> None:
     assert {type(module) for module in merged.modules()} >= {ScaledStdConv2d}
 
 
+@pytest.mark.parametrize("scale", [0.99, 0.03])
+def test_without_a_gain_the_layer_becomes_plain_or_its_adapter_stays(scale: float) -> None:
+    model = trained(toy(StdConv2d(8, 8, 3, padding=1)), "ssf")
+    with torch.no_grad():
+        for name, value in model.adapters.named_parameters():
+            if name.endswith("0__conv.scale"):
+                value.fill_(scale)
+    (plain,) = (row for row in merge(model)[1].sites if row.site == "blocks.0.conv")
+    (kept,) = (row for row in merge(model, as_deltas=True)[1].sites if row.site == "blocks.0.conv")
+    assert plain.status == "exact" and "plain conv now" in plain.note
+    assert kept.status == "kept" and "which no adapter file holds" in kept.reason
+
+
+def test_a_dilation_far_over_the_kernel_is_no_obstacle() -> None:
+    layer = ScaledStdConv2d(8, 8, 3, dilation=8, padding=0)
+    backbone, sites = traced(TinyNet(nn.Sequential(layer, nn.ReLU())), 64)
+    model = operate(backbone, plan_insertions(backbone, "ssf", surveyed=sites), sites).eval()
+    enliven(model.adapters, scale=0.2)
+    _, report = merge(model)
+    assert report.verified and {row.status for row in report.sites} == {"exact"}
+
+
 def test_a_file_in_half_precision_and_one_that_would_overflow(pair: Any) -> None:
     merged = pair[1]
     tensors = load(checkpoint_bytes(merged, dtype=torch.float16))
@@ -120,6 +144,9 @@ FORGED: Mapping[str, tuple[dict[str, Any], str]] = {
     "settings": ({"settings": {"checkpoint_path": "/etc/passwd"}}, "not one of its architecture"),
     "classes": ({"num_classes": -1}, "num_classes"),
     "a list": ({"plain": []}, "plain layers"),
+    "settings that fail": ({"settings": {"in_chans": -1}}, "cannot be made"),
+    "settings of another size": ({"settings": {"in_chans": 10**9}}, "does not fit"),
+    "many classes": ({"num_classes": 10_000_000}, "does not fit"),
     "another layer": ({"plain": {"stem": {"kind": "Conv2d"}}}, "no layer 'stem'"),
     "no tensor": ({"plain": {"stem.conv1": {"kind": "Conv2d"}}}, "lacks 'stem.conv1.plain.weight'"),
 }
@@ -141,6 +168,12 @@ def test_a_forged_file_is_refused(case: str, pair: Any, tmp_path: Path) -> None:
     [
         {"kind": "Linear"},
         {"kind": "Embedding"},
+        {"kind": {}},
+        {"kind": [[]]},
+        {"kind": "Conv2dSame", "padding": [1, 1]},
+        {"stride": [3, 3]},
+        {"padding": {}},
+        {"padding_mode": {}},
         {"stride": [0, 1]},
         {"stride": [2**40, 1]},
         {"padding": "some"},
@@ -160,6 +193,24 @@ def test_a_forged_note_on_a_layer_is_refused(change: dict[str, Any], pair: Any, 
     path.write_bytes(save(load(data), {"timm": json.dumps(facts)}))
     with pytest.raises(RefusedError, match="damaged checkpoint"):
         load_merged(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype, is_plain: bool, pair: Any, tmp_path: Path) -> None:
+    data = checkpoint_bytes(pair[1])
+    tensors = load(data)
+    name = next(name for name in tensors if name.endswith(".weight") and ("plain" in name) == is_plain)
+    path = tmp_path / "forged.safetensors"
+    path.write_bytes(save({**tensors, name: tensors[name].to(dtype)}, {"timm": json.dumps(facts_of(data))}))
+    with pytest.raises(RefusedError, match=str(dtype)):
+        load_merged(path)
+
+
+def test_a_file_is_read_under_any_suffix(pair: Any, tmp_path: Path) -> None:
+    path = tmp_path / "merged.st"
+    path.write_bytes(checkpoint_bytes(pair[1]))
+    assert load_merged(path).training is False
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
@@ -185,12 +236,18 @@ def test_a_kernel_that_the_layer_computes_is_solved_for() -> None:
     with torch.no_grad():
         plain.weight.copy_(wanted)
         plain.bias.copy_(scaled.bias)
-    for layer, kernel in ((scaled, wanted), (StdConv2d(6, 8, 3).double().eval(), 0.4 * wanted)):
+    standardised = StdConv2d(6, 8, 3).double().eval()
+    # without a gain only what is next to the layer's own kernel: here with its rows in another order
+    rows = plain_form(SITE, standardised)
+    assert isinstance(rows, nn.Conv2d)
+    for layer, kernel in ((scaled, wanted), (standardised, rows.weight.detach().flip(0))):
         solved = restandardise(layer, MergedLayer(weight=kernel, bias=None))
         assert solved is not None and type(solved) is type(layer)
         with torch.no_grad():
             reference = nn.functional.conv2d(x, kernel, layer.bias, padding=1)
             assert float((solved(x) - reference).abs().max()) <= 1e-12 * float(reference.abs().max())
+    # weights a hundredth of the layer's own would be lost in half precision
+    assert restandardise(standardised, MergedLayer(weight=0.4 * wanted, bias=None)) is None
     # a row with a mean, a row of a variance that no standardised one has, and another kind of layer
     assert restandardise(scaled, MergedLayer(weight=wanted + 1e-3, bias=None)) is None
     assert restandardise(StdConv2d(6, 8, 3).double(), MergedLayer(weight=9 * wanted, bias=None)) is None

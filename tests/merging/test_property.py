@@ -44,6 +44,7 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         "oblong": _conv(size=(1, 5), padding=(0, 2)),
         "strided": _conv(padding=1, stride=2),
         "dilated": _conv(padding=2, dilation=2),
+        "even": _conv(size=2, stride=2),
     },
     "grouped": {
         "two groups": _conv(padding=1, groups=2),
