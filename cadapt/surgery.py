@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from cadapt.adapted import ADAPTERS, AdaptedModel
+from cadapt.adapters.conv_reach import pads_by_mode
 from cadapt.backbone import Backbone
 from cadapt.errors import CadaptError, RefusedError
 from cadapt.graph.anatomy import Located
@@ -51,10 +52,16 @@ def operate(backbone: Backbone, plan: Plan, surveyed: Survey | None = None) -> A
     base = copy.deepcopy(backbone.model)
     adapters = nn.Module()
     splicer = Splicer(graph, base)
+    insertions = []
     for insertion in plan.insertions:
-        item = _match(insertion, located, plan)
-        target = _attach(adapters, insertion, make_adapter(insertion, plan.seed, base))
-        splicer.join(_copied(item, values), target, insertion.form)
+        item, matched = _match(insertion, located, plan)
+        adapter = make_adapter(matched, plan.seed, base)
+        if matched is not insertion and pads_by_mode(adapter):
+            raise _differing(insertion, item, plan)
+        target = _attach(adapters, matched, adapter)
+        splicer.join(_copied(item, values), target, matched.form)
+        insertions.append(matched)
+    plan = replace(plan, insertions=tuple(insertions))
     if plan.head is not None:
         _splice_head(graph, base, adapters, plan.head)
     _splice_deltas(graph, base, adapters, plan)
@@ -108,22 +115,42 @@ def _copy_graph(graph: fx.Graph, values: dict[fx.Node, fx.Node]) -> fx.Graph:
     return copied
 
 
-def _match(insertion: Insertion, located: Mapping[tuple[str, str, int], Located], plan: Plan) -> Located:
+def _match(
+    insertion: Insertion, located: Mapping[tuple[str, str, int], Located], plan: Plan
+) -> tuple[Located, Insertion]:
+    """The base's site that an insertion names, and the insertion with what files from before do not say of it."""
     item = located.get(_place(insertion.site))
     if item is None:
         raise RefusedError(f"{plan.base.name} has no {insertion.site.kind} site '{insertion.site.name}' to adapt")
-    differing = [
-        f"{key} {getattr(item.site, key)}, expected {value}"
+    differing = _differences(insertion, item)
+    if not differing:
+        return item, insertion
+    if differing.keys() == {"padding_mode"} and _is_older(insertion, item):
+        # what it was trained as, if it pads nothing by the mode; that is known once it is built
+        return item, replace(insertion, site=replace(insertion.site, padding_mode=item.site.padding_mode))
+    raise _differing(insertion, item, plan)
+
+
+def _differences(insertion: Insertion, item: Located) -> dict[str, str]:
+    return {
+        key: f"{key} {getattr(item.site, key)}, expected {value}"
         for key, value in vars(insertion.site).items()
         if key not in _DESCRIPTIVE and getattr(item.site, key) != value
-    ]
-    if differing:
-        older = item.site.padding_mode != insertion.site.padding_mode == "zeros"
-        raise RefusedError(
-            f"site '{insertion.site.name}' of {plan.base.name} differs: {'; '.join(differing)}",
-            hint="its adapter may be of a cadapt that padded by zeros here: insert and train again" if older else None,
-        )
-    return item
+    }
+
+
+def _is_older(insertion: Insertion, item: Located) -> bool:
+    """Whether an insertion may be of a file from before sites had a padding mode."""
+    return item.site.padding_mode != insertion.site.padding_mode == "zeros"
+
+
+def _differing(insertion: Insertion, item: Located, plan: Plan) -> RefusedError:
+    older = "its adapter may be of a cadapt that padded by zeros here: insert and train again"
+    told = "; ".join(_differences(insertion, item).values())
+    return RefusedError(
+        f"site '{insertion.site.name}' of {plan.base.name} differs: {told}",
+        hint=older if _is_older(insertion, item) else None,
+    )
 
 
 def _attach(adapters: nn.Module, insertion: Insertion, adapter: nn.Module) -> str:

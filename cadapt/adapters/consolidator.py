@@ -45,8 +45,8 @@ class ConsolidatorConfig:
             x[a·c + i] for c = C/g. Nothing moves where g or c is 1, and branches of one g read alike.
         drop_path: p of the drop-path on each branch by itself.
         init: ``zero`` (the inserted model computes what the base does) or ``paper``: U(±1e-3) for weights and biases.
-        kernels: ``one``: beside linear layers and 1×1 convs, as in the paper; ``all``: beside convs with a larger kernel
-            too, whose centre tap takes the branches up.
+        kernels: ``one``: beside linear layers and 1×1 convs, as in the paper; ``all``: beside convs with larger
+            kernels too, whose centre tap takes the branches up.
         stored: one sparse matrix and one bias in place of the branches; export makes it. It can train on, as one matrix
             with one drop-path, but not as the branches it came from.
 

@@ -15,6 +15,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
+from cadapt.adapters.conv_reach import pads
 from cadapt.adapters.scheme import Fold, MergedLayer, Refusal, Regrouped
 from cadapt.plan import Form
 from cadapt.site import Site
@@ -68,7 +69,7 @@ def find_plain_conv(site: Site, layer: nn.Module | None) -> nn.Conv2d | Refusal:
         return Refusal(reason=f"it joins a {site.operator} of several convs, of which this is one")
     if type(layer) not in _PLAIN_CONVS:
         return Refusal(reason=f"the weight of a {type(layer).__name__} is computed at run time, not a plain kernel")
-    if layer.padding_mode != site.padding_mode and layer.padding not in (0, (0, 0), "valid"):
+    if layer.padding_mode != site.padding_mode and pads(layer):
         return Refusal(reason=f"the conv pads by '{layer.padding_mode}', the adapter by '{site.padding_mode}'")
     return layer
 

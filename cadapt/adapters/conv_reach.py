@@ -47,6 +47,27 @@ def make_conv(in_channels: int, out_channels: int, geometry: Geometry, *, groups
     return conv
 
 
+def pads(conv: nn.Conv2d) -> bool:
+    """Whether a conv reads anything beyond the edge of its map, by its own padding."""
+    if isinstance(conv.padding, str):
+        return conv.padding == "same" and max(conv.kernel_size) > 1
+    return max(conv.padding) > 0
+
+
+def pads_by_mode(adapter: nn.Module) -> bool:
+    """Whether what an adapter computes depends on its site's padding mode, where that is another than zeros."""
+    for module in adapter.modules():
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros" and pads(module):
+            return True
+        geometry = getattr(module, "geometry", None)
+        if not isinstance(geometry, Geometry) or geometry.padding_mode == "zeros":
+            continue
+        # torch's convs, which alone have modes, pad alike whatever the size of the map
+        if min(side for axis in (0, 1) for side in _margins(1, geometry, axis)) < 0:
+            return True
+    return False
+
+
 def under_centre(x_BCHW: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """The map without the pixels that a conv's centre tap never meets, and with those of the padding that it does."""
     height, width = x_BCHW.shape[2:]

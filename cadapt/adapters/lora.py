@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cadapt.adapters.conv_geometry import Geometry
-from cadapt.adapters.conv_merge import add_to_layer, find_plain_conv
+from cadapt.adapters.conv_merge import add_to_layer, find_plain_conv, regroup
 from cadapt.adapters.conv_reach import explain_reach, make_conv, own_geometry
 from cadapt.adapters.scaling import with_scale_folded
 from cadapt.adapters.scheme import Fold, Placement, Refusal, Scheme, joining
@@ -156,9 +156,13 @@ def _merge(site: Site, form: Form, adapter: nn.Module, layer: nn.Module | None) 
     found = _find_plain_linear(layer) if is_linear else find_plain_conv(site, layer)
     if isinstance(found, Refusal):
         return found
+    update = adapter.weight_update()
     if isinstance(found, nn.Conv2d) and found.groups != adapter.groups:
-        return Refusal(reason=f"the update has {adapter.groups} groups, the conv {found.groups}")
-    return add_to_layer(found, adapter.weight_update(), None)
+        if adapter.groups % found.groups:
+            return Refusal(reason=f"the update has {adapter.groups} groups, the conv {found.groups}")
+        # an adapter before this one left the conv fewer groups
+        update = regroup(update, adapter.groups, found.groups)
+    return add_to_layer(found, update, None)
 
 
 def _find_plain_linear(layer: nn.Module | None) -> nn.Linear | Refusal:

@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from cadapt.adapters import get_scheme
+from cadapt.adapters.conv_reach import pads_by_mode
 from cadapt.errors import RefusedError
 from cadapt.merging import merge
+from cadapt.plan import Plan
 from cadapt.planning import plan_insertions
 from cadapt.site import Site
 from cadapt.surgery import operate
@@ -68,16 +70,52 @@ def test_where_the_centre_tap_meets_padding_it_meets_the_conv_s_own(scheme: str)
     assert_near(functional.conv2d(padded, outcome.weight, outcome.bias), wide(x) + adapter(x), 1e-12)
 
 
-def test_a_file_whose_adapter_padded_by_zeros_is_refused_with_what_to_do() -> None:
+def as_before(plan: Plan) -> Plan:
+    """What a file from before holds: no padding mode, which is zeros."""
+    records = [
+        {key: value for key, value in item.site.to_json().items() if key != "padding_mode"} for item in plan.insertions
+    ]
+    sites = [Site.from_json(record) for record in records]
+    return replace(
+        plan, insertions=tuple(replace(item, site=site) for item, site in zip(plan.insertions, sites, strict=True))
+    )
+
+
+@pytest.mark.parametrize("scheme", ["conv-par", "lora"])
+def test_a_file_whose_adapter_padded_by_zeros_is_refused_with_what_to_do(scheme: str) -> None:
     backbone, sites = toy(conv())
-    plan = plan_insertions(backbone, "residual-par", surveyed=sites)
-    insertion = plan.insertions[0]
-    # what a file from before holds: no padding mode, which is zeros
-    record = {key: value for key, value in insertion.site.to_json().items() if key != "padding_mode"}
-    older = replace(plan, insertions=(replace(insertion, site=Site.from_json(record)),))
+    older = as_before(plan_insertions(backbone, scheme, surveyed=sites))
     with pytest.raises(RefusedError, match="padding_mode reflect, expected zeros") as caught:
         operate(backbone, older, sites)
     assert caught.value.hint is not None and "train again" in caught.value.hint
+
+
+@pytest.mark.parametrize("scheme", ["residual-par", "residual-seq", "conv-seq", "consolidator", "ssf"])
+def test_a_file_from_before_is_read_where_its_adapter_pads_nothing(scheme: str) -> None:
+    backbone, sites = toy(conv())
+    plan = plan_insertions(backbone, scheme, surveyed=sites)
+    now, then = operate(backbone, plan, sites).eval(), operate(backbone, as_before(plan), sites).eval()
+    assert then.plan == plan
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for model in (now, then):
+        enliven(model.adapters, scale=0.2)
+    with torch.no_grad():
+        assert torch.equal(now(images), then(images))
+
+
+@pytest.mark.parametrize("scheme", ["lora", "all-conv-par"])
+def test_a_one_by_one_conv_that_pads_nothing_folds_whatever_its_mode(scheme: str) -> None:
+    layer = nn.Conv2d(8, 8, 1, padding="same", padding_mode="reflect")
+    _, report = merge(trained(toy(layer), scheme))
+    assert report.verified and {row.status for row in report.sites} == {"exact"}
+
+
+@pytest.mark.parametrize("scheme", ["residual-par", "consolidator"])
+@pytest.mark.parametrize("padding", [0, 1, 2, 3])
+def test_a_centre_tap_meets_padding_only_where_the_margin_is_wide(scheme: str, padding: int) -> None:
+    method = get_scheme(scheme)
+    site = conv_site(nn.Conv2d(8, 8, 3, padding=padding, padding_mode="reflect"))
+    assert pads_by_mode(method.build(site, "parallel", method.configure({}))) == (padding > 1)
 
 
 def test_a_file_from_before_is_read_beside_convs_that_pad_by_zeros() -> None:

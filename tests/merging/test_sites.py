@@ -13,8 +13,10 @@ from cadapt.adapters import MergedLayer, get_scheme
 from cadapt.merging import SiteMerge, folding, merge
 from cadapt.merging import sites as sites_module
 from cadapt.merging.sites import BOUND_FP64
+from cadapt.planning import plan_insertions
+from cadapt.surgery import operate
 from tests.merging.cases import ConvBlock, TiedNet, linear, same_padded, toy, traced, trained
-from tests.models import TinyNet
+from tests.models import TinyNet, enliven
 
 EXACT = {
     "plain": (lambda: nn.Conv2d(8, 8, 3, padding=1), {}),
@@ -216,6 +218,29 @@ def test_a_wrong_simplification_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
     row = the_row(trained(toy(nn.Conv2d(8, 8, 3, padding=1)), "conv-par"))
     assert row.status == "refused"
     assert "simpler form fails" in row.reason
+
+
+def test_a_smaller_kernel_beside_an_even_one_folds_on_the_grids_both_give() -> None:
+    # a grid one larger has 32 outputs of the one and 33 of the other: no base adds them up
+    row = the_row(linear(toy(nn.Conv2d(8, 8, 2, stride=2)), kernel=1))
+    assert row.status == "exact" and row.effect is not None and row.effect > 0.1
+
+
+def test_figures_by_a_layer_of_zeros_are_none() -> None:
+    model = trained(toy(nn.Conv2d(8, 8, 3, padding=1, bias=False)), "lora")
+    with torch.no_grad():
+        model.get_parameter("blocks.0.conv.weight").zero_()
+    _, report = merge(model)
+    row = next(row for row in report.sites if row.site == "blocks.0.conv")
+    assert row.status == "exact" and row.effect is None and row.relative_update is None
+
+
+def test_an_update_in_groups_folds_into_a_conv_that_an_adapter_before_it_left_fewer() -> None:
+    backbone, sites = toy(nn.Conv2d(8, 8, 3, padding=1, groups=2))
+    model = operate(backbone, plan_insertions(backbone, "residual-par+lora", surveyed=sites), sites).eval()
+    enliven(model.adapters)
+    _, report = merge(model, dense=True)
+    assert report.verified and {row.status for row in report.sites} == {"exact"}
 
 
 def test_an_untrained_adapter_folds_and_the_note_says_it_does_nothing() -> None:
