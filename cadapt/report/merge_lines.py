@@ -13,7 +13,8 @@ from cadapt.report.merge_rows import reason_of
 if TYPE_CHECKING:
     from cadapt.merging.report import EndToEnd, Latency, MergeReport, OnData, SiteMerge, Status
 
-_OTHERS: tuple[Status, ...] = ("fitted", "dropped", "simplified", "kept", "refused")
+# the summary names those that are gone
+_OTHERS: tuple[Status, ...] = ("simplified", "kept", "refused")
 _MOST_NAMES = 3
 
 

@@ -21,7 +21,7 @@ def how_measured(report: MergeReport) -> Iterator[tuple[str, str]]:
             "frontier",
             "Adapters are folded or dropped greedily; after each, the statistics of those behind it are taken anew. "
             f"Every point is measured on the same {number_of(report.frontier[0].images, 'picture')}, against the "
-            "unmerged model's predictions and logits.",
+            "unmerged model's predictions and logits. The point is chosen on them: a figure to publish needs others.",
         )
     if report.latency is not None:
         yield (
@@ -51,7 +51,7 @@ def _by_site(report: MergeReport) -> Iterator[tuple[str, str]]:
     if any(row.r2 is not None for row in rows):
         yield (
             "R²",
-            "The share of what the adapter does, about its mean, that the best kernel in the base's layers stands in "
+            "The share of what the adapter does (about its mean, where a bias can give that) that the best kernel in the base's layers stands in "
             "for: ridge least squares in float64, judged on pictures it was not fitted to. Below 0 it is worse than "
             "nothing.",
         )
@@ -64,7 +64,7 @@ def _end_to_end(report: MergeReport) -> Iterator[tuple[str, str]]:
     pictures = number_of(found.images, "random image" if found.random_images else "image")
     yield (
         "end to end",
-        f"The exact merges on {pictures}: logits differ by {found.max_abs_error_fp64:.1e} in float64 and by "
+        f"Adapted and merged model on {pictures}: logits differ by {found.max_abs_error_fp64:.1e} in float64 and by "
         f"{found.max_abs_error:.1e} in {report.dtype} from the adapted model's, on a scale of {found.logit_scale:.1f}.",
     )
     if report.on_data is not None:
