@@ -54,6 +54,12 @@ def frontier(count: int, chosen: int, *, labels: bool = True, latency: bool = Tr
     return tuple(points)
 
 
+def summary(rows: tuple[SiteMerge, ...]) -> str:
+    counts = {status: sum(row.status == status for row in rows) for status in ("exact", "fitted", "dropped")}
+    others = [f"{counts[status]} {status}" for status in ("fitted", "dropped") if counts[status]]
+    return ", ".join([f"{counts['exact']} of {len(rows)} adapters fold into the base exactly", *others])
+
+
 def report(count: int = 16, **changes: Any) -> MergeReport:
     """A fitted merge of all statuses, with all that can be measured."""
     rows = tuple(site(at, ORDER[at % len(ORDER)]) for at in range(count))
@@ -62,7 +68,7 @@ def report(count: int = 16, **changes: Any) -> MergeReport:
         "base": "resnet50.a1_in1k",
         "scheme": "conv-par",
         "dtype": "float32",
-        "summary": f"{sum(row.status == 'exact' for row in rows)} of {count} adapters fold into the base exactly",
+        "summary": summary(rows),
         "sites": rows,
         "parameters_before": 23_528_522 + sum(row.parameters_before for row in rows),
         "parameters_after": 23_528_522 + sum(row.parameters_after for row in rows),

@@ -51,9 +51,9 @@ def _by_site(report: MergeReport) -> Iterator[tuple[str, str]]:
     if any(row.r2 is not None for row in rows):
         yield (
             "R²",
-            "The share of what the adapter does (about its mean, where a bias can give that) that the best kernel in the base's layers stands in "
-            "for: ridge least squares in float64, judged on pictures it was not fitted to. Below 0 it is worse than "
-            "nothing.",
+            "The share of what the adapter does (about its mean, where a bias can give that) that the best kernel in "
+            "the base's layers stands in for: ridge least squares in float64, judged on pictures it was not fitted to. "
+            "Below 0 it is worse than nothing.",
         )
     if any(row.linear_share is not None for row in rows):
         yield "linear", "The share of the adapter's activations that work in their linear range."
