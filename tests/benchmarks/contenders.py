@@ -216,9 +216,7 @@ _ALL = (
     Contender(name="lora-cl", what="PEFT LoRA r=8, channels_last", build=_lora, channels_last=True, twin="lora"),
     Contender(name="plain", what="cadapt without the engine", build=_plain, channels_last=True),
     Contender(name="engine", what="cadapt with the engine", build=_engine(), channels_last=True),
-    Contender(
-        name="engine-fast", what="cadapt, engine, memory fast", build=_engine(memory="fast"), channels_last=True
-    ),
+    Contender(name="engine-fast", what="cadapt, engine, memory fast", build=_engine(memory="fast"), channels_last=True),
     Contender(
         name="engine-min", what="cadapt, engine, memory min", build=_engine(memory="min"), channels_last=True
     ),  # fmt: skip
