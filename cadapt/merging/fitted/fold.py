@@ -23,13 +23,12 @@ from cadapt.merging.fitted.refine import refine
 from cadapt.merging.fitted.settle import settle_rows
 from cadapt.merging.fitted.workbench import Fold, Workbench, add_change, total_changes
 from cadapt.merging.rebuild import bare_base, rebuild, survey_again
-from cadapt.merging.report import FrontierPoint, SiteMerge
+from cadapt.merging.report import STAYING, FrontierPoint, SiteMerge
 from cadapt.surgery import adapter_path
 
 _SCREENED = 64
 # every fourth is held out
 _LEAST_PICTURES = 4
-_STAYING = ("kept", "simplified", "refused")
 
 
 def fold_fitted(model: AdaptedModel, rows: tuple[SiteMerge, ...], fit: Fit, *, as_deltas: bool = False) -> Fitted:
@@ -49,20 +48,20 @@ def fold_fitted(model: AdaptedModel, rows: tuple[SiteMerge, ...], fit: Fit, *, a
     pictures = _check(fit)
     reference = Workbench(model, computed=not as_deltas)
     judge = _Judge(reference, rows, fit)
-    points = [judge.point(reference.model, (), rows)]
+    points = [judge.point(reference.model, ())]
     if not model.plan.insertions:
-        return Fitted(model=model, rows=rows, frontier=_mark(points, points[0]), within_tolerance=True)
+        return Fitted(model=model, rows=rows, frontier=_mark(points, points[0], points[0].parameters))
     work = Workbench(model, computed=not as_deltas)
     greedy = Greedy(work, reference, batches=fit.batches, pictures=pictures, screen=_some(fit.batches))
     folds: list[Fold] = []
     for fold in greedy.folds(said):
         folds.append(fold)
-        points.append(judge.point(work.model, folds, rows))
+        points.append(judge.point(work.model, folds))
         said(f"{fold.action} {len(folds)} of {len(work.joints)}: {judge.describe(points[-1])}")
     chosen = max((point for point in points if judge.allows(point)), key=lambda point: point.folded)
     student: AdaptedModel | None = None
     if fit.finetune_epochs:
-        student, chosen = _refine_most(model, reference, folds, judge, points, chosen, fit, rows, said)
+        student, chosen = _refine_most(model, reference, folds, judge, points, chosen, fit, said)
     done = folds[: chosen.folded]
     built = _build(model, work, done, student)
     grown = () if as_deltas else _new_biases(model, built, done)
@@ -79,11 +78,9 @@ def fold_fitted(model: AdaptedModel, rows: tuple[SiteMerge, ...], fit: Fit, *, a
         fit=fit,
         refined=student is not None,
     )
-    # new biases that no norm could take are parameters; whatever was before the choice is counted without them
-    exact = replace(chosen, parameters=cost(built, built.preprocessing.input_size, training=False).parameters)
-    points[points.index(chosen)] = exact
-    chosen = exact
-    return Fitted(model=built, rows=settled, frontier=_mark(points, chosen), within_tolerance=judge.allows(chosen))
+    # new biases that no norm could take are parameters; the other points are counted without them
+    parameters = cost(built, built.preprocessing.input_size, training=False).parameters
+    return Fitted(model=built, rows=settled, frontier=_mark(points, chosen, parameters))
 
 
 def _check(fit: Fit) -> int:
@@ -128,11 +125,9 @@ class _Judge:
         whole = cost(reference.model, reference.model.preprocessing.input_size, training=False)
         self.parameters, self.macs = whole.parameters, whole.macs
         self.names = [joint.insertion.site.name for joint in reference.joints]
-        self.staying = [row for row in rows if row.status in _STAYING]
+        self.staying = [row for row in rows if row.status in STAYING]
 
-    def point(
-        self, model: nn.Module, folds: Sequence[Fold], rows: Sequence[SiteMerge], *, refined: bool = False
-    ) -> FrontierPoint:
+    def point(self, model: nn.Module, folds: Sequence[Fold], *, refined: bool = False) -> FrontierPoint:
         found = answer(model, self.fit.judged)
         difference = compare(found, self.wanted)
         gone = [self.staying[fold.index] for fold in folds]
@@ -169,7 +164,6 @@ def _refine_most(
     points: list[FrontierPoint],
     chosen: FrontierPoint,
     fit: Fit,
-    rows: Sequence[SiteMerge],
     said: Callable[[str], None],
 ) -> tuple[AdaptedModel | None, FrontierPoint]:
     """Find the most folds that a refined model is within the tolerance with, by halving what is left."""
@@ -183,7 +177,7 @@ def _refine_most(
         paths = [*total_changes(folds[:number]), *(joint.path for joint in tried.joints if joint.path not in gone)]
         said(f"refining the model with {number} of {len(folds)} folded")
         refine(tried.model, reference.model, fit.batches, paths=paths, epochs=fit.finetune_epochs, on_progress=said)
-        point = judge.point(tried.model, folds[:number], rows, refined=True)
+        point = judge.point(tried.model, folds[:number], refined=True)
         points.append(point)
         said(f"refined with {number} folded: {judge.describe(point)}")
         if judge.allows(point):
@@ -221,6 +215,8 @@ def _new_biases(model: AdaptedModel, built: AdaptedModel, folds: Sequence[Fold])
     return [path for path in paths if bias_of(model, path) is None and bias_of(built, path) is not None]
 
 
-def _mark(points: Sequence[FrontierPoint], chosen: FrontierPoint) -> tuple[FrontierPoint, ...]:
+def _mark(points: Sequence[FrontierPoint], chosen: FrontierPoint, parameters: int) -> tuple[FrontierPoint, ...]:
+    """The points in order, the chosen one marked, with the parameters of the model that was built for it."""
     ordered = sorted(points, key=lambda point: (point.folded, point.refined))
-    return tuple(replace(point, chosen=point is chosen) for point in ordered)
+    marked = replace(chosen, chosen=True, parameters=parameters)
+    return tuple(marked if point is chosen else point for point in ordered)

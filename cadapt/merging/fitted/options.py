@@ -60,4 +60,3 @@ class Fitted:
     model: AdaptedModel
     rows: tuple[SiteMerge, ...]
     frontier: tuple[FrontierPoint, ...]
-    within_tolerance: bool

@@ -14,9 +14,7 @@ from cadapt.merging.fitted.hosts import Joint
 from cadapt.merging.fitted.options import Fit
 from cadapt.merging.fitted.stand_in import Measured
 from cadapt.merging.fitted.workbench import Fold
-from cadapt.merging.report import SiteMerge
-
-_STAYING = ("kept", "simplified", "refused")
+from cadapt.merging.report import STAYING, SiteMerge
 
 
 def settle_rows(
@@ -52,7 +50,7 @@ def settle_rows(
     counted: set[str] = set()
     index = 0
     for row in rows:
-        if row.status not in _STAYING:
+        if row.status not in STAYING:
             settled.append(row)
             continue
         found, joint = measured[index], joints[index]
