@@ -178,7 +178,9 @@ class _Walk:
         if behind is not None and not isinstance(behind, nn.Identity):
             return
         factor = torch.rsqrt(norm.running_var.detach().double() + norm.eps)
-        self.back(node.all_input_nodes[0], {node}, _times(_times(scale, factor), norm.weight), axes)
+        if norm.weight is not None:
+            factor = factor * norm.weight.detach().double()
+        self.back(node.all_input_nodes[0], {node}, _times(scale, factor), axes)
 
     def _back_activation(self, node: fx.Node, scale: torch.Tensor | None, axes: tuple[tuple[int, ...], ...]) -> None:
         if self.before is not None or self.hosts or scale is not None or axes:

@@ -12,6 +12,7 @@ from cadapt.errors import CadaptError
 from cadapt.graph.trace import record_shapes
 from cadapt.merging.fitted.hosts import Joint, find_joints
 from cadapt.merging.fitted.watch import values_of
+from cadapt.planning import survey
 from tests.merging.cases import toy, trained
 from tests.models import BASES, make_images
 
@@ -103,3 +104,16 @@ def test_a_value_that_is_read_elsewhere_has_no_host() -> None:
     with model.graph.inserting_after(joint.total):
         model.graph.call_function(torch.neg, (joint.output,))
     assert not find_joints(model)[0].hosts
+
+
+def test_a_norm_without_weights_and_one_that_is_zero_are_walked_through() -> None:
+    backbone, _ = toy(nn.Conv2d(8, 8, 3, padding=1), norm=True)
+    for norm in (nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8)):
+        backbone.model.blocks[0].norm = norm
+        if norm.weight is not None:
+            nn.init.zeros_(norm.weight)
+        model = trained((backbone, survey(backbone)), "res-par").double().eval()
+        record_shapes(model.graph, model, model.preprocessing.input_size)
+        found = {host.path: host.scale for joint in find_joints(model) for host in joint.hosts}
+        assert "blocks.0.project" in found
+        assert all(bool(scale.isfinite().all()) for scale in found.values())
